@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: MIT
+"""Data: sound and frames from disk, the data sets' layouts, and toy data in the same layouts.
+
+    python data.py toy ave DIR          write the toy data set (train.py does so by itself)
+    python data.py stats ave DIR        mean and std of a data set's spectrograms, kept in DIR
+
+Read in this order: read_wav and read_frame, AVE, then the toy world (what its instruments look and
+sound like) and the toy data sets made from it. Nothing here knows the model but for fbank.
+"""
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import wave
+
+import numpy as np
+import torch
+import torchaudio
+import torchvision
+from tqdm import tqdm
+
+from lavish import AVE_MEAN, AVE_STD, SAMPLE_RATE, InputError, fbank
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---------------------------------------------------------------- one sound, one frame
+
+
+def open_wav(path):
+    """An open wave.Wave_read; an InputError if the file is missing or no PCM wav."""
+    try:
+        try:
+            return wave.open(path)
+        except wave.Error as error:
+            # 24 bit and multichannel files come as WAVE_FORMAT_EXTENSIBLE (65534), which `wave`
+            # reads from Python 3.12 on only. For PCM inside it, the plain tag says the same.
+            if "65534" not in str(error):
+                raise
+            with open(path, "rb") as file:
+                raw = bytearray(file.read())
+            tag = raw.index(b"fmt ") + 8
+            if raw[tag + 24:tag + 26] != b"\x01\x00":
+                raise
+            raw[tag:tag + 2] = b"\x01\x00"
+            return wave.open(io.BytesIO(raw))
+    except FileNotFoundError:
+        raise InputError(f"no sound at {path}") from None
+    except (wave.Error, EOFError, OSError) as error:
+        raise InputError(f"{path} is not a PCM wav ({str(error) or 'it ends too early'}); convert it: "
+                         f"ffmpeg -i IN -ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le OUT.wav") from None
+
+
+def read_wav(path):
+    """(N,) float32 mono at 16 kHz in [-1, 1], from PCM of 8, 16, 24 or 32 bit, any rate, channels.
+
+    The standard library reads it, because torchaudio.load needs torchcodec now. Channels are
+    averaged (the released code uses the left one alone) and the mean is removed, as released.
+    """
+    with open_wav(path) as file:
+        width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+        raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+    raw = raw[:len(raw) // (width * channels) * width * channels].reshape(-1, width)
+    if width == 1:
+        raw = raw ^ 128  # 8 bit is stored unsigned
+    samples = np.zeros((len(raw), 4), np.uint8)
+    samples[:, 4 - width:] = raw  # little-endian: the high bytes last
+    samples = samples.view("<i4").reshape(-1, channels).mean(1, dtype=np.float64) / 2 ** 31
+    sound = torch.from_numpy(samples.astype(np.float32))
+    if rate != SAMPLE_RATE and len(sound):
+        sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
+    return sound - sound.mean() if len(sound) else sound
+
+
+def read_frame(path, size):
+    """(3, size, size) float32, ImageNet-normalised; the aspect is not kept, as released."""
+    try:
+        image = torchvision.io.decode_image(path, mode="RGB")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path} is not a readable image ({reason}); extract it again") from None
+    # antialias: the torchvision of the released code had none, so a large frame aliased.
+    image = torchvision.transforms.functional.resize(image, [size, size], antialias=True)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return (image / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def seconds_of(sound, count):
+    """(N,) -> (count, 16000): second t is samples [16000 t, 16000 (t+1)), silence past the end.
+
+    The released code spreads `count` windows evenly instead, up to 0.1 s early against the labels,
+    and stretches a short file over all of them.
+    """
+    sound = sound[:count * SAMPLE_RATE]
+    sound = torch.nn.functional.pad(sound, (0, count * SAMPLE_RATE - len(sound)))
+    return sound.view(count, SAMPLE_RATE)
+
+
+def frame_paths(folder):
+    """The *.jpg of a folder in the order of their numbers, whatever the zero-padding."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(".jpg")]
+        return [os.path.join(folder, n) for n in sorted(names, key=lambda n: int(n[:-4]))]
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        raise InputError(f"{folder} holds frames that are not numbered like 0001.jpg") from None
+
+
+def read_lines(path):
+    """The stripped, non-empty lines of a text file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"no {path}; a data set folder needs it (see the README for the tree, "
+                         "or make a toy one: python data.py toy ave DIR)") from None
+
+
+def spectrogram_stats(root, size):
+    """(mean, std) to normalise spectrograms with: what `data.py stats` left in root, or AVE's."""
+    try:
+        with open(os.path.join(root, "fbank.json"), encoding="utf-8") as file:
+            return tuple(json.load(file).get(str(size), (AVE_MEAN, AVE_STD)))
+    except FileNotFoundError:
+        return AVE_MEAN, AVE_STD
+
+
+# ---------------------------------------------------------------- AVE
+
+
+class AVE(torch.utils.data.Dataset):
+    """Audio-visual events (Tian et al., ECCV 2018): ten seconds, one event or background in each.
+
+        root/Annotations.txt                 Category&VideoID&Quality&StartTime&EndTime
+        root/trainSet.txt valSet.txt testSet.txt   the same lines, split
+        root/video_frames/ID/*.jpg           at any rate, numbered with any zero-padding
+        root/raw_audio/ID.wav                any PCM wav
+
+    item: frames (10,3,S,S), spectrograms (10,S,S), labels (10,) int64. A label is the category's
+    place in order of first appearance in Annotations.txt; background comes after the last one (28
+    in the real data). Second t holds the event iff start <= t < end.
+
+    Known of the real data: 10 videos are in both train and val, 8 in both train and test (a video
+    may have two events, annotated apart and contradicting each other); one row has start = end = 0
+    and is all background here.
+    """
+
+    seconds = 10
+
+    def __init__(self, root, split, size, cache=False):
+        if not os.path.isdir(root):
+            raise InputError(f"no data folder {root}; make a toy one: python data.py toy ave {root}")
+        self.root, self.size, self.stats = root, size, spectrogram_stats(root, size)
+        rows = read_lines(os.path.join(root, "Annotations.txt"))
+        rows = rows[rows[0].startswith("Category&"):]  # the zip's copy has a header, others none
+        self.categories = list(dict.fromkeys(row.split("&")[0] for row in rows))
+        self.clips = []  # (video id, category index, start, end)
+        path = os.path.join(root, f"{split}Set.txt")
+        for number, line in enumerate(read_lines(path), 1):
+            try:
+                category, video, _, start, end = line.split("&")
+                self.clips.append((video, self.categories.index(category), int(start), int(end)))
+            except ValueError:
+                raise InputError(f"{path}, line {number}: {line!r} is not Category&VideoID&Quality&"
+                                 "Start&End with a category of Annotations.txt") from None
+        self.cache = {} if cache else None
+
+    def check_files(self):
+        """InputError if a clip lacks frames or sound; returns the ids of sounds under 10 s.
+
+        Not part of the constructor, so that labels can be had without the videos.
+        """
+        missing, short = [], []
+        for video in dict.fromkeys(clip[0] for clip in self.clips):
+            folder, wav = self.paths(video)
+            if not frame_paths(folder):
+                missing.append(folder)
+            elif not os.path.exists(wav):
+                missing.append(wav)
+            else:
+                with open_wav(wav) as file:
+                    if file.getnframes() < self.seconds * file.getframerate():
+                        short.append(video)
+        if missing:
+            raise InputError(
+                f"{len(missing)} clips lack frames or sound, first {missing[0]}; for each: ffmpeg "
+                f"-i ID.mp4 -vf fps=1 video_frames/ID/%04d.jpg -ac 1 -ar 16000 raw_audio/ID.wav")
+        return short
+
+    def paths(self, video):
+        return (os.path.join(self.root, "video_frames", video),
+                os.path.join(self.root, "raw_audio", video + ".wav"))
+
+    def labels(self, i):
+        _, category, start, end = self.clips[i]
+        t = torch.arange(self.seconds)
+        return torch.where((start <= t) & (t < end), category, len(self.categories))
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, i):
+        if self.cache is not None and i in self.cache:
+            return self.cache[i]
+        folder, wav = self.paths(self.clips[i][0])
+        paths = frame_paths(folder)
+        # The frame in the middle of each second. Released: linspace from the first to the last,
+        # which at 3 frames a second comes to the same seconds.
+        frames = torch.stack([read_frame(paths[(2 * t + 1) * len(paths) // (2 * self.seconds)],
+                                         self.size) for t in range(self.seconds)])
+        spectrograms = torch.stack([fbank(second, self.size, *self.stats)
+                                    for second in seconds_of(read_wav(wav), self.seconds)])
+        item = frames, spectrograms, self.labels(i)
+        if self.cache is not None:
+            self.cache[i] = item
+        return item
+
+
+# ---------------------------------------------------------------- the toy world
+#
+# Six instruments, each with a look and a timbre. A model that only sees knows which instrument is
+# there but not whether it sounds; one that only hears, the reverse.
+
+COLOURS = {"red": (230, 60, 50), "green": (60, 190, 80), "blue": (70, 100, 235),
+           "yellow": (235, 205, 60), "magenta": (215, 80, 205), "cyan": (70, 205, 215)}
+
+
+def circle(x, y): return np.hypot(x, y) - 0.9
+def square(x, y): return np.maximum(abs(x), abs(y)) - 0.8
+def triangle(x, y): return np.maximum(y - 0.7, 0.87 * abs(x) - 0.5 * y - 0.45)
+def cross(x, y): return np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 1),
+                                   np.maximum(abs(y) - 0.3, abs(x) - 1))
+def ring(x, y): return abs(np.hypot(x, y) - 0.75) - 0.25
+def diamond(x, y): return abs(x) + abs(y) - 1.05
+
+
+SHAPES = (circle, triangle, square, ring, cross, diamond)  # signed distances: inside is negative
+
+INSTRUMENTS = {  # name: (shape, colour)
+    "bell": (circle, "red"), "flute": (triangle, "green"), "drum": (square, "blue"),
+    "horn": (ring, "yellow"), "bird": (cross, "magenta"), "rattle": (diamond, "cyan")}
+
+
+def play(name, seconds, rng):
+    """One instrument for some seconds, (seconds * 16000,) float64 with unit RMS; pitch is drawn."""
+    t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    pitch, phase = 2 ** rng.uniform(-0.3, 0.3), rng.uniform()
+    beat = lambda rate: (t * rate * pitch + phase) % 1 / rate  # seconds since the last stroke
+    noise = rng.standard_normal(len(t))
+    if name == "bell":      # inharmonic partials that ring off
+        sound = sum(np.sin(2 * np.pi * 520 * pitch * r * t) for r in (1, 2.76, 5.4)) * np.exp(-5 * beat(2))
+    elif name == "flute":   # one tone with vibrato
+        sound = np.sin(2 * np.pi * 880 * pitch * t + 3 * np.sin(2 * np.pi * 5 * t))
+    elif name == "drum":    # low bursts
+        sound = np.sin(2 * np.pi * 90 * pitch * t) * np.exp(-12 * beat(4))
+    elif name == "horn":    # a sawtooth: all harmonics
+        sound = 2 * ((220 * pitch * t) % 1) - 1
+    elif name == "bird":    # upward chirps
+        sound = np.sin(2 * np.pi * (2000 + 4000 * beat(5)) * pitch * beat(5)) * (beat(5) < 0.12)
+    else:                   # rattle: short bursts of bright noise
+        sound = np.diff(noise, prepend=0) * np.exp(-25 * beat(8))
+    return sound / np.sqrt(np.mean(sound ** 2))
+
+
+def draw(objects, size, rng):
+    """A noisy scene. objects: (shape, rgb, x, y, radius), places and radius in units of the image.
+
+    returns the image (3,size,size) uint8 and one mask (size,size) bool per object, later on top.
+    """
+    grid = (np.arange(size) + 0.5) / size
+    x, y = np.meshgrid(grid, grid)
+    slope = rng.uniform(-40, 40, (2, 3, 1, 1))
+    image = rng.uniform(40, 110, (3, 1, 1)) + slope[0] * (x - 0.5) + slope[1] * (y - 0.5)
+    masks = []
+    for shape, rgb, x0, y0, radius in objects:
+        inside = shape((x - x0) / radius, (y - y0) / radius) * radius * size  # in pixels
+        cover = np.clip(0.5 - inside, 0, 1)  # a one-pixel soft edge
+        image = image + cover * (np.reshape(rgb, (3, 1, 1)) - image)
+        masks = [mask & (cover < 0.5) for mask in masks] + [cover >= 0.5]
+    image = image * rng.uniform(0.8, 1.15) + rng.normal(0, 14, image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8), masks
+
+
+def place(name, rng):
+    """An instrument at a random place and size, as draw takes it."""
+    shape, colour = INSTRUMENTS[name]
+    radius = rng.uniform(0.14, 0.24)
+    x, y = rng.uniform(radius, 1 - radius, 2)
+    return [shape, COLOURS[colour], x, y, radius]
+
+
+def toy_images(count, size, rng):
+    """Images without sound, to pretrain the toy backbone on in ImageNet's place.
+
+    Each is one of 36 classes of things (a shape in a colour) or 24 of texture (stripes of 8
+    directions and 3 widths), because a spectrogram is texture more than it is things.
+    returns images (count,3,size,size) uint8 and labels (count,) in 0..59
+    """
+    images, labels = np.empty((count, 3, size, size), np.uint8), rng.integers(0, 60, count)
+    grid = np.arange(size)
+    for i, label in enumerate(labels):
+        if label < 36:
+            radius = rng.uniform(0.12, 0.3)
+            thing = (SHAPES[label // 6], list(COLOURS.values())[label % 6],
+                     *rng.uniform(radius, 1 - radius, 2), radius)
+            images[i] = draw([thing], size, rng)[0]
+        else:
+            angle = (label - 36) // 3 * np.pi / 8 + rng.uniform(-0.1, 0.1)
+            period = (3.5, 6, 11)[label % 3] * rng.uniform(0.85, 1.15)
+            wave_ = np.sin(2 * np.pi / period * (np.cos(angle) * grid + np.sin(angle) * grid[:, None])
+                           + rng.uniform(0, 2 * np.pi))
+            image = draw([], size, rng)[0] + wave_ * rng.uniform(-90, 90, (3, 1, 1))
+            images[i] = np.clip(image, 0, 255)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def write_jpg(image, path):
+    torchvision.io.write_jpeg(torch.from_numpy(image), path, quality=95)
+
+
+def write_wav(sound, path):
+    """(N,) in [-1, 1] -> 16 bit mono at 16 kHz."""
+    with wave.open(path, "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+        file.writeframes((np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes())
+
+
+def write_atomic(path, content):
+    """Write bytes under a temporary name, then rename: the file is there whole or not at all."""
+    with open(path + ".partial", "wb") as file:
+        file.write(content)
+    os.replace(path + ".partial", path)
+
+
+def save_atomic(tensors, path):
+    """torch.save, whole or not at all."""
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    write_atomic(path, file.getvalue())
+
+
+def make_toy(task, root, seed=0):
+    """Write the toy data set of a task, complete or not at all; its settings go to toy.json."""
+    if os.path.exists(root):
+        raise InputError(f"{root} is there already; remove it or choose another folder")
+    partial = root.rstrip("/") + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    toy_ave(partial, np.random.default_rng(seed))
+    stats(task, partial, TOY_SIZE)
+    settings = {"task": task, "seed": seed, "image_size": TOY_SIZE}
+    write_atomic(os.path.join(partial, "toy.json"), json.dumps(settings).encode())
+    os.replace(partial, root)
+
+
+TOY_SIZE = 48  # pixels a side: what the nano backbone takes
+TOY_AVE_CLIPS = {"train": 240, "val": 60, "test": 120}
+
+
+def toy_ave(root, rng):
+    """The AVE layout with the toy's instruments; neither sight nor sound alone can label it.
+
+    A clip has one event, 3 to 7 seconds of its 10, in which its instrument is both seen and heard.
+    The other seconds are background, each of one kind by chance: its instrument
+        is seen but silent, or heard but unseen, or seen to another one's sound, or heard to
+        another one's look.
+    Worked example, `bell&toy0007&good&2&6`:
+        second   0       1       2     3     4     5     6       7       8       9
+        seen     bell    -       bell  bell  bell  bell  bell    drum    bell    -
+        heard    -       bell    bell  bell  bell  bell  horn    bell    -       bell
+        label    backgr. backgr. bell  bell  bell  bell  backgr. backgr. backgr. backgr.
+    Sight alone sees a bell in seconds 0 and 2-6 and 8 and cannot tell which of them sound. Half of
+    all seconds are background; of those, three in four show an instrument, as all events do.
+    """
+    names, rows = list(INSTRUMENTS), {split: [] for split in TOY_AVE_CLIPS}
+    os.makedirs(os.path.join(root, "raw_audio"))
+    for split, count in TOY_AVE_CLIPS.items():
+        for i in tqdm(range(count), desc=f"toy ave {split}", leave=False, disable=None):
+            name, other = (names[k] for k in rng.permutation(len(names))[:2])
+            length = rng.integers(3, 8)
+            start = rng.integers(0, 11 - length)
+            # Ids as people have them: one in four begins with a dash, as on YouTube.
+            video = f"{'-' if rng.uniform() < 0.25 else ''}{split}{i:04d}"
+            folder = os.path.join(root, "video_frames", video)
+            os.makedirs(folder)
+            sound = []
+            for t in range(10):
+                kinds = [(name, None), (None, name), (name, other), (other, name)]
+                seen, heard = (name, name) if start <= t < start + length else kinds[rng.integers(4)]
+                image, _ = draw([place(seen, rng)] if seen else [], TOY_SIZE, rng)
+                write_jpg(image, os.path.join(folder, f"{t + 1:04d}.jpg"))
+                second = 0.03 * rng.standard_normal(SAMPLE_RATE)
+                if heard:
+                    second = second + rng.uniform(0.03, 0.2) * play(heard, 1, rng)
+                sound.append(second)
+            write_wav(np.concatenate(sound), os.path.join(root, "raw_audio", video + ".wav"))
+            rows[split].append(f"{name}&{video}&good&{start}&{start + length}")
+    rows = {"Annotations": ["Category&VideoID&Quality&StartTime&EndTime", *sum(rows.values(), [])],
+            **{f"{split}Set": lines for split, lines in rows.items()}}
+    for file_name, lines in rows.items():
+        with open(os.path.join(root, file_name + ".txt"), "w", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+# ---------------------------------------------------------------- commands
+
+
+def stats(task, root, size):
+    """Mean and std of the training spectrograms before normalisation, into root/fbank.json.
+
+    Over the second's real rows alone (padding is no sound): the mean of the seconds' means and the
+    mean of their stds, as the authors measured theirs.
+    """
+    data = DATASETS[task](root, "train", size)
+    data.check_files()
+    means, stds = [], []
+    for video in tqdm(dict.fromkeys(clip[0] for clip in data.clips), desc="stats", leave=False, disable=None):
+        for second in seconds_of(read_wav(data.paths(video)[1]), data.seconds):
+            image = fbank(second, size, mean=0.0, std=0.5)  # raw log-mel energies
+            image = image[image.abs().sum(1) > 0]
+            means.append(image.mean().item())
+            stds.append(image.std().item())
+    path = os.path.join(root, "fbank.json")
+    known = {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            known = json.load(file)
+    known[str(size)] = [float(np.mean(means)), float(np.mean(stds))]
+    write_atomic(path, json.dumps(known).encode())
+    return known[str(size)]
+
+
+DATASETS = {"ave": AVE}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help="write a toy data set in the real layout")
+    toy.add_argument("task", choices=DATASETS)
+    toy.add_argument("root", help="a folder that is not there yet")
+    toy.add_argument("--seed", type=int, default=0)
+    measure = commands.add_parser("stats", help="mean and std of a data set's spectrograms")
+    measure.add_argument("task", choices=DATASETS)
+    measure.add_argument("root")
+    measure.add_argument("--size", type=int, default=192, help="side of the spectrogram image")
+    args = parser.parse_args()
+    try:
+        if args.command == "toy":
+            make_toy(args.task, args.root, args.seed)
+            print(f"{args.root} is ready. Next: python train.py {args.task} --data {args.root}")
+        else:
+            mean, std = stats(args.task, args.root, args.size)
+            print(f"mean {mean:.6f}  std {std:.6f}  (kept in {args.root}/fbank.json)")
+    except InputError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,558 @@
+# SPDX-License-Identifier: MIT
+"""LAVISH: Latent Audio-Visual Hybrid adapters, in one file to read beside the paper.
+
+"Vision Transformers are Parameter-Efficient Audio-Visual Learners", Lin, Sung, Lei, Bansal,
+Bertasius, CVPR 2023, https://arxiv.org/abs/2212.07983
+
+A frozen image transformer runs on video frames and, with the very same weights, on audio
+spectrograms shown to it as images. Beside every attention and every MLP stands a small trainable
+adapter per stream, through which each stream reads a summary of the other one:
+
+    Y_v = X_v + MSA(X_v) + LAV(X_v <- X_a)      Z_v = Y_v + MLP(Y_v) + LAV(Y_v <- Y_a)
+    Y_a = X_a + MSA(X_a) + LAV(X_a <- X_v)      Z_a = Y_a + MLP(Y_a) + LAV(Y_a <- Y_v)
+
+Glossary
+    code           paper     shape           meaning
+    B, T                                     clips in a batch; seconds (frames) of a clip
+    N, d                                     tokens of one image; their width at this stage
+    frames         I         (B,T,3,S,S)     one video frame per second, S x S pixels
+    spectrograms   A         (B,T,S,S)       one log-mel image per second: rows time, columns mel
+    x, other       X_v, X_a  (B*T,N,d)       tokens of the stream to update; of the other stream
+    latents        L         (m,d)           m learned latent tokens of one adapter
+    summary        S         (B*T,m,d)       what the latents read from the other stream, eq. 7
+    gate_av, gate  g_av, g   (1,)            learned scalars, 0 at the start
+    reduction      r                         bottleneck: d -> d/r -> d
+    groups         g                         groups of the bottleneck's 1x1 convolutions
+    visual, audio                            per stage, the tokens of the two streams
+
+Read in this order, which is the order in which data flows: fbank, SwinV2, LavishAdapter, Lavish,
+AVE. The end has the two verbs people copy, and `python lavish.py` prints the parameter counts.
+"""
+import math
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
+import torchvision
+
+
+class InputError(ValueError):
+    """Something the user can mend. One line: which file or option, what is wrong, what to do."""
+
+
+# ---------------------------------------------------------------- sound becomes an image
+
+SAMPLE_RATE = 16000
+# Mean and std of AVE's spectrograms at a 5.2 ms shift (released AVE/dataloader.py). Other data and
+# other sizes want their own: `python data.py stats`.
+AVE_MEAN, AVE_STD = -4.984795570373535, 3.7079780101776123
+
+
+def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
+    """One second of sound as a log-mel image.
+
+    waveform: (16000,) mono at 16 kHz, in [-1, 1]
+    returns:  (size, size), rows are time and columns are mel bins, about zero mean and 0.5 std
+    """
+    if waveform.shape != (SAMPLE_RATE,):
+        raise ValueError(f"fbank takes one second, ({SAMPLE_RATE},); got {tuple(waveform.shape)}")
+    # `size` steps over one second: 998.4 / 192 = 5.2 ms, the supplementary's shift, and the same
+    # span at other sizes. 25 ms Hann windows and the released code's Kaldi options; Kaldi removes
+    # each window's mean itself.
+    image = torchaudio.compliance.kaldi.fbank(
+        waveform[None], sample_frequency=SAMPLE_RATE, num_mel_bins=size, frame_shift=998.4 / size,
+        frame_length=25.0, window_type="hanning", htk_compat=True, use_energy=False,
+        dither=0.0)  # (188, 192) at size 192
+    # AST's convention: half a standard deviation. Padding comes after it, so that the missing last
+    # rows (the last window must end within the second) hold the mean level, not silence.
+    image = (image - mean) / (2 * std)
+    return F.pad(image, (0, 0, 0, size - image.shape[0]))
+
+
+# ---------------------------------------------------------------- the frozen backbone: Swin-V2
+#
+# What Lavish below needs of a backbone, so that another transformer can take Swin's place:
+#     embed(images (B,3,S,S)) -> tokens (B,N,d)
+#     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
+#     block.dim, and block.branches(): functions f in x <- x + f(x), here attention and MLP
+#     norm: the last LayerNorm
+# Parameter names are torchvision's.
+
+
+class WindowAttention(nn.Module):
+    """Swin-V2's attention (Liu et al. 2022): cosine, within windows, log-spaced position bias.
+
+        softmax(cos(q, k) / tau + 16 sigmoid(MLP(log-spaced offset))) v,   1 / tau <= 100
+
+    tokens (B, side*side, dim) -> (B, side*side, dim)
+    """
+
+    def __init__(self, dim, heads, side, window, shift, pretrained_window):
+        super().__init__()
+        self.heads, self.side, self.window, self.shift = heads, side, window, shift
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
+        # Keys have no bias: under the cosine it would not cancel, and neither Microsoft nor
+        # torchvision (which stores one, then zeroes it) uses it.
+        derived = {"bias_mask": torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim),
+                   "offsets": log_offsets(window, pretrained_window),
+                   "index": offset_index(window),
+                   "mask": shift_mask(side, window, shift)}
+        for name, table in derived.items():
+            self.register_buffer(name, table, persistent=False)
+        self._bias, self._bias_of = None, None
+
+    def forward(self, x):
+        B, N, C = x.shape
+        x = x.view(B, self.side, self.side, C)
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), (1, 2))
+        x = to_windows(x, self.window)                                          # (B,W,n,C)
+        W, n = x.shape[1:3]
+        qkv = F.linear(x, self.qkv.weight, self.qkv.bias * self.bias_mask)
+        q, k, v = qkv.view(B, W, n, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)  # (B,W,heads,n,C')
+        scale = self.logit_scale.clamp(max=math.log(100)).exp()
+        scores = scale * (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1))
+        x = (scores + self.bias()).softmax(-1) @ v                              # (B,W,heads,n,C')
+        x = self.proj(x.transpose(2, 3).reshape(B, W, n, C))
+        x = from_windows(x, self.window, self.side)                             # (B,side,side,C)
+        if self.shift:
+            x = x.roll((self.shift, self.shift), (1, 2))
+        return x.reshape(B, N, C)
+
+    def bias(self):
+        """Position bias plus shift mask, (W or 1, heads, n, n).
+
+        A constant of a frozen backbone, so it is kept until its parameters change (by identity
+        and version); a backbone in training gets it computed, with gradient, in each call.
+        """
+        parameters = list(self.cpb_mlp.parameters())
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return self.compute_bias()
+        now = [(p.data_ptr(), p._version) for p in parameters]
+        if self._bias_of != now:
+            with torch.no_grad():
+                self._bias, self._bias_of = self.compute_bias(), now
+        return self._bias
+
+    def compute_bias(self):
+        table = 16 * torch.sigmoid(self.cpb_mlp(self.offsets))                 # ((2w-1)^2, heads)
+        return table[self.index].permute(2, 0, 1) + self.mask[:, None]          # (W,heads,n,n)
+
+
+def to_windows(x, window):
+    """(B, H, H, C) -> (B, W, window*window, C), W windows in row-major order."""
+    B, H, _, C = x.shape
+    x = x.view(B, H // window, window, H // window, window, C).transpose(2, 3)
+    return x.reshape(B, -1, window * window, C)
+
+
+def from_windows(x, window, side):
+    """The inverse of to_windows: (B, W, window*window, C) -> (B, side, side, C)."""
+    B, _, _, C = x.shape
+    x = x.view(B, side // window, side // window, window, window, C).transpose(2, 3)
+    return x.reshape(B, side, side, C)
+
+
+def log_offsets(window, pretrained_window):
+    """Offsets within a window, ((2w-1)^2, 2), as sign(o) log2(1 + |o|) / 3 with o in [-8, 8].
+
+    Divided by the window the weights were trained with, so that another one extrapolates.
+    """
+    o = torch.arange(1 - window, window) * (8 / max(pretrained_window - 1, 1))
+    return torch.cartesian_prod(o, o).sign() * (1 + torch.cartesian_prod(o, o).abs()).log2() / 3
+
+
+def offset_index(window):
+    """(n, n) rows of log_offsets: the offset from token j to token i of one window."""
+    p = torch.cartesian_prod(torch.arange(window), torch.arange(window))       # (n,2)
+    o = p[:, None] - p[None] + window - 1
+    return o[..., 0] * (2 * window - 1) + o[..., 1]
+
+
+def shift_mask(side, window, shift):
+    """(W, n, n): -100 between tokens that only the cyclic shift brought into one window."""
+    p = torch.arange(side)
+    region = (p >= side - window).int() + (p >= side - shift).int() if shift else 0 * p
+    region = (3 * region[:, None] + region[None])[None, :, :, None]            # (1,side,side,1)
+    region = to_windows(region, window)[0, :, :, 0]                            # (W,n)
+    mask = -100.0 * (region[:, :, None] != region[:, None])
+    return mask if shift else mask[:1]
+
+
+class SwinBlock(nn.Module):
+    """Residual-post-norm: x <- x + norm1(attn(x)), then x <- x + norm2(mlp(x))."""
+
+    def __init__(self, dim, heads, side, window, shift, pretrained_window):
+        super().__init__()
+        self.dim = dim
+        self.attn = WindowAttention(dim, heads, side, window, shift, pretrained_window)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Identity(),  # a dropout in
+                                 nn.Linear(4 * dim, dim))                            # torchvision
+        self.norm2 = nn.LayerNorm(dim)
+        # Zero start: every block begins as the identity. With ones a Swin-V2 trained from scratch
+        # stays at chance. Pretrained weights overwrite it.
+        for parameter in [*self.norm1.parameters(), *self.norm2.parameters()]:
+            nn.init.zeros_(parameter)
+
+    def branches(self):
+        return lambda x: self.norm1(self.attn(x)), lambda x: self.norm2(self.mlp(x))
+
+
+class PatchMerging(nn.Module):
+    """Each 2 x 2 tokens become one of twice the width: (B, side^2, d) -> (B, side^2 / 4, 2d)."""
+
+    def __init__(self, dim, side):
+        super().__init__()
+        self.side = side
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        x = x.view(B, self.side // 2, 2, self.side // 2, 2, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).reshape(B, N // 4, 4 * C)  # column by column within the 2x2
+        return self.norm(self.reduction(x))
+
+
+class SwinV2(nn.Module):
+    """Swin Transformer V2 (Liu et al., CVPR 2022) for square images of one size.
+
+    images (B, 3, S, S) -> list of tokens at the end of each stage, before merging, the last after
+    the final norm: (B, (S/4)^2, d), (B, (S/8)^2, 2d), ...
+
+    A stage narrower than the window gets one window of its own width, unshifted (Microsoft's rule;
+    torchvision pads instead and attends to the padding). pretrained_windows: per stage, the window
+    that the weights were trained with, where it is another than this image size gives.
+    """
+
+    def __init__(self, embed_dim, depths, num_heads, window_size, image_size,
+                 pretrained_windows=None):
+        super().__init__()
+        sides = stage_sides(image_size, len(depths), window_size)
+        self.dim, self.image_size = embed_dim * 2 ** (len(depths) - 1), image_size
+        features = [nn.Sequential(nn.Conv2d(3, embed_dim, 4, stride=4),
+                                  torchvision.ops.Permute([0, 2, 3, 1]), nn.LayerNorm(embed_dim))]
+        for i, (side, depth, heads) in enumerate(zip(sides, depths, num_heads)):
+            dim, window = embed_dim * 2 ** i, min(window_size, side)
+            pretrained_window = pretrained_windows[i] if pretrained_windows else window
+            if i:
+                features.append(PatchMerging(dim // 2, 2 * side))
+            features.append(nn.ModuleList(  # every second block shifts its windows by half
+                SwinBlock(dim, heads, side, window, window // 2 if j % 2 and side > window else 0,
+                          pretrained_window) for j in range(depth)))
+        self.features = nn.ModuleList(features)
+        self.norm = nn.LayerNorm(self.dim)
+        self.stages = list(zip(features[1::2], [*features[2::2], nn.Identity()]))
+        self.apply(self.init_linear)
+
+    @staticmethod
+    def init_linear(module):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def embed(self, images):
+        return self.features[0](images).flatten(1, 2)                          # (B,(S/4)^2,d)
+
+    def forward(self, images):
+        x, stages = self.embed(images), []
+        for blocks, merge in self.stages:
+            for block in blocks:
+                for branch in block.branches():
+                    x = x + branch(x)
+            stages.append(x)
+            x = merge(x)
+        return [*stages[:-1], self.norm(x)]
+
+
+def stage_sides(image_size, stages, window):
+    """Token rows of each stage, [S/4, S/8, ...]; refuses sizes that no windows can tile."""
+    def fits(size):
+        sides = [size // (4 << i) for i in range(stages)]
+        return size % (2 << stages) == 0 and all(s <= window or s % window == 0 for s in sides)
+    if not fits(image_size):
+        sizes = ", ".join(str(s) for s in range(16, 513, 16) if fits(s))
+        raise InputError(f"image size {image_size} does not divide into windows of {window} over "
+                         f"{stages} stages; sizes that do: {sizes}")
+    return [image_size // (4 << i) for i in range(stages)]
+
+
+TORCHVISION_URL = "https://download.pytorch.org/models/swin_v2_{}.pth"
+MICROSOFT_URL = ("https://github.com/SwinTransformer/storage/releases/download/v2.0.0/"
+                 "swinv2_{}_patch4_window12_192_22k.pth")
+SWIN_V2 = {  # name: (embed_dim, depths, heads, window, pretraining image size, ImageNet weights)
+    "nano": (32, (2, 2, 2), (2, 4, 8), 6, 48, None),  # the toy
+    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 8, 256, TORCHVISION_URL.format("t-b137f0e2")),
+    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 8, 256, TORCHVISION_URL.format("s-637d8ceb")),
+    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 8, 256, TORCHVISION_URL.format("b-781e5279")),
+    "base12": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 192, MICROSOFT_URL.format("base")),
+    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 192, MICROSOFT_URL.format("large")),  # paper
+}
+
+
+def swin_v2(name, image_size=None, weights=None):
+    """A Swin-V2 by name (the keys of SWIN_V2), at its pretraining image size unless told.
+
+    weights: None (random), "imagenet" (the published ones; downloaded once), or the path of a
+    state dict: torchvision's, Microsoft's swinv2_*.pth, or one saved from here.
+    """
+    if name not in SWIN_V2:
+        raise InputError(f"unknown backbone {name!r}; there are {', '.join(SWIN_V2)}")
+    embed_dim, depths, heads, window, native, url = SWIN_V2[name]
+    state = weights and (download(name, url) if weights == "imagenet" else load_file(weights))
+    windows = [min(window, side) for side in stage_sides(native, len(depths), window)]
+    backbone = SwinV2(embed_dim, depths, heads, window, image_size or native, windows)
+    if state is not None:
+        load_swin_weights(backbone, state)
+    return backbone
+
+
+def download(name, url):
+    """The state dict behind the url, kept in torch.hub's folder and taken from there next time."""
+    if url is None:
+        raise InputError(f"no ImageNet weights exist for {name!r}; give a path, or train it")
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except OSError as error:  # urllib's URLError is one
+        raise InputError(f"cannot download the weights ({error}); fetch {url} elsewhere and put "
+                         f"it into {torch.hub.get_dir()}/checkpoints") from None
+
+
+def load_file(path):
+    """torch.load for tensors alone: a file from a stranger cannot run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no weights at {path}; check the path, or give 'imagenet'") from None
+    except Exception as error:  # what torch raises for a file that is none is not documented
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
+
+
+def load_swin_weights(backbone, state_dict):
+    """Load torchvision's or Microsoft's (also timm's) names; what does not fit is an InputError."""
+    state = state_dict.get("model", state_dict)
+    # timm >= 0.9 keeps the merging at the start of the next stage, Microsoft at the end of its own.
+    late = int("layers.0.downsample.norm.weight" in state)
+    names = ((r"^patch_embed\.proj", "features.0.0"), (r"^patch_embed\.norm", "features.0.2"),
+             (r"^layers\.(\d+)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}"),
+             (r"^layers\.(\d+)\.downsample", lambda m: f"features.{2 * (int(m[1]) + late)}"),
+             (r"mlp\.fc1", "mlp.0"), (r"mlp\.fc2", "mlp.3"))
+    renamed = {}
+    for key, tensor in state.items():
+        for old, new in names:
+            key = re.sub(old, new, key)
+        # The ImageNet classifier is not used, and the tables follow from the window.
+        if not re.search(r"^head|relative_position_index|relative_coords_table|attn_mask", key):
+            renamed[key] = tensor
+    for key in [key for key in renamed if key.endswith("q_bias")]:
+        q, v = renamed.pop(key), renamed.pop(key.replace("q_bias", "v_bias"))
+        renamed[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    check_keys(backbone.state_dict(), renamed, "the weights do not fit this backbone")
+    backbone.load_state_dict(renamed)
+
+
+def check_keys(wanted, found, what):
+    """InputError that names every missing, extra or misshaped key; a count would name none."""
+    wanted, found = ({k: tuple(t.shape) for k, t in d.items()} for d in (wanted, found))
+    faults = ([f"missing {k}" for k in wanted if k not in found]
+              + [f"extra {k}" for k in found if k not in wanted]
+              + [f"{k} is {found[k]}, not {wanted[k]}" for k in wanted
+                 if k in found and found[k] != wanted[k]])
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise InputError(f"{what}: {'; '.join(faults[:8])}{more}")
+
+
+# ---------------------------------------------------------------- the adapter
+
+
+class LavishAdapter(nn.Module):
+    """One stream's update from the other stream, through m latent tokens (Sec. 3.2).
+
+    forward(x (B,N,dim), other (B,M,dim)) -> (B,N,dim), to be added to x. The cost is
+    O(m (N + M) dim), where direct cross-attention takes O(N M dim).
+    latents=0 builds the one-stream adapter (bottleneck alone), called as forward(x).
+    """
+
+    def __init__(self, dim, latents=2, reduction=8, groups=2):
+        super().__init__()
+        if dim % (reduction * groups):
+            raise ValueError(f"dim {dim} must be a multiple of reduction {reduction} x groups {groups}")
+        if latents:
+            # Random, as in the paper: latents that start equal (zeros, in the released AVS and
+            # AVQA code) get equal gradients for ever, and m of them act as one.
+            self.latents = nn.Parameter(torch.rand(latents, dim))
+            self.gate_av = nn.Parameter(torch.zeros(1))
+        hidden = dim // reduction
+        self.norm_in = nn.LayerNorm(dim)
+        self.down = nn.Conv1d(dim, hidden, 1, groups=groups, bias=False)
+        self.bn_down = nn.BatchNorm1d(hidden)
+        self.up = nn.Conv1d(hidden, dim, 1, groups=groups, bias=False)
+        self.bn_up = nn.BatchNorm1d(dim)
+        self.norm_out = nn.LayerNorm(dim)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, other=None):
+        if other is not None:
+            # compress, eq. 7: S = L + softmax(L y^T) y, y the other stream. One head, no
+            # projections, no 1/sqrt(d): the latents are the only queries there are.
+            scores = self.latents @ other.transpose(1, 2)                  # (B,m,M)
+            summary = self.latents + scores.softmax(-1) @ other            # (B,m,dim)
+            # fuse: x' = x + g_av softmax(x S^T) S
+            scores = x @ summary.transpose(1, 2)                           # (B,N,m)
+            x = x + self.gate_av * (scores.softmax(-1) @ summary)          # (B,N,dim)
+        # bottleneck: LN(BN(up(relu(BN(down(LN(x')))))))
+        z = self.norm_in(x).transpose(1, 2)                                # (B,dim,N)
+        z = F.relu(self.bn_down(self.down(z)))                             # (B,dim/r,N)
+        z = self.bn_up(self.up(z)).transpose(1, 2)                         # (B,N,dim)
+        # gate: g = 0 at the start, so that the network is exactly the frozen one. It comes after
+        # the norm, which would cancel it (the released AVS code has it before).
+        return self.gate * self.norm_out(z)
+
+
+# ---------------------------------------------------------------- two streams, one frozen backbone
+
+
+class Lavish(nn.Module):
+    """A frozen backbone with adapters beside every residual branch (Fig. 2).
+
+    frames         (B, 3, S, S)  normalised as the backbone's pretraining images
+    spectrograms   (B, S, S)     from fbank; B counts images, so fold clips and seconds together
+    returns        (visual, audio), each a list over stages of tokens (B, N, d), the last one after
+                   the final norm; None for a stream that is out
+
+    modality "v" or "a" leaves one stream out altogether: not its pixels but its adapters and
+    features, and the cross-modal part of the other one's adapters.
+    drop_path: stochastic depth of the frozen branches in training, rising linearly over the blocks.
+    The released code trains with timm's default of 0.1, stated nowhere in the paper.
+    """
+
+    def __init__(self, backbone, latents=2, reduction=8, groups=2, modality="av", drop_path=0.0):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.streams = {"av": ("visual", "audio"), "v": ("visual",), "a": ("audio",)}[modality]
+        latents = latents if modality == "av" else 0
+        blocks = [block for blocks, _ in backbone.stages for block in blocks]
+        # [block][branch][stream]: with both streams and a Swin's two branches, four per block.
+        self.adapters = nn.ModuleList(
+            nn.ModuleList(nn.ModuleDict({stream: LavishAdapter(block.dim, latents, reduction, groups)
+                                         for stream in self.streams}) for _ in block.branches())
+            for block in blocks)
+        self.drop_rates = [drop_path * i / max(len(blocks) - 1, 1) for i in range(len(blocks))]
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.backbone.eval()  # frozen means its statistics too
+        return self
+
+    def forward(self, frames, spectrograms):
+        images = {"visual": frames, "audio": spectrograms[:, None].expand(-1, 3, -1, -1)}
+        # The weights are shared, so both streams run in ONE pass, along the batch.
+        x = self.backbone.embed(torch.cat([images[s] for s in self.streams]))  # (2B,N,d)
+        per_block, stages = iter(zip(self.adapters, self.drop_rates)), []
+        for blocks, merge in self.backbone.stages:
+            for block in blocks:
+                adapters, drop = next(per_block)
+                for branch, adapter in zip(block.branches(), adapters):
+                    # Y = X + MSA(X) + LAV(X), Z = Y + MLP(Y) + LAV(Y)
+                    frozen = torchvision.ops.stochastic_depth(branch(x), drop, "row", self.training)
+                    x = x + frozen + self.adapt(x, adapter)
+            stages.append(x)
+            x = merge(x)
+        stages[-1] = self.backbone.norm(x)
+        tokens = dict(zip(self.streams, zip(*(stage.chunk(len(self.streams)) for stage in stages))))
+        return tokens.get("visual"), tokens.get("audio")
+
+    def adapt(self, x, adapter):
+        """LAV(X_v <- X_a) and LAV(X_a <- X_v), both from what neither has changed yet."""
+        if len(self.streams) == 1:
+            return adapter[self.streams[0]](x)
+        v, a = x.chunk(2)                                                      # (B,N,d) each
+        return torch.cat([adapter["visual"](v, a), adapter["audio"](a, v)])    # (2B,N,d)
+
+
+# ---------------------------------------------------------------- the three tasks' heads
+
+
+class AVE(nn.Module):
+    """Audio-visual event localisation: which event is seen and heard in each second (Sec. 4.1).
+
+    frames (B,T,3,S,S), spectrograms (B,T,S,S) -> logits (B,T,classes), the last class background
+    """
+
+    def __init__(self, net, classes=29, hidden=512):
+        super().__init__()
+        self.net = net
+        # Two linear layers with nothing between them, as released.
+        self.head = nn.Sequential(nn.Linear(len(net.streams) * net.backbone.dim, hidden),
+                                  nn.Linear(hidden, classes))
+
+    def forward(self, frames, spectrograms):
+        B, T = frames.shape[:2]
+        streams = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
+        pooled = [tokens[-1].mean(1) for tokens in streams if tokens]          # (B*T,d) each
+        return self.head(torch.cat(pooled, -1)).view(B, T, -1)
+
+
+# ---------------------------------------------------------------- two verbs to copy
+
+
+def freeze_all_but_adapters(model):
+    """Leave only the LavishAdapters of a model trainable (then unfreeze the head by hand)."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, LavishAdapter):
+            module.requires_grad_(True)
+
+
+def trained_state_dict(model):
+    """What training changed, and no more: 40 MB beside a Swin-V2-L of 900.
+
+    A module that owns a trainable parameter is kept with its buffers (batch-norm statistics).
+    """
+    trained = {name for name, module in model.named_modules()
+               if any(p.requires_grad for p in module.parameters(recurse=False))}
+    return {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] in trained}
+
+
+def load_trained_state_dict(model, state_dict, what="the checkpoint is of another configuration"):
+    """The inverse of trained_state_dict; a key that does not fit is an InputError naming it."""
+    check_keys(trained_state_dict(model), state_dict, what)
+    model.load_state_dict(state_dict, strict=False)
+
+
+def count_parameters(model):
+    """(trainable, total)."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
+def main():
+    """Print the paper's configurations: parameters here beside the paper's, in millions."""
+    rows = (  # task, backbone, latents, reduction, groups, the paper's trainable and total
+        ("AVE", "large", 2, 8, 2, 10.1, 238.8),
+        ("AVE", "base12", 2, 8, 2, 5.0, 114.2))
+    print(f"{'':14}{'latents/':>12}{'':>8}{'trainable, M':^18}{'total, M':^18}\n"
+          f"{'task backbone':14}{'reduct./groups':>16}{'':4}{'here':>8}{'paper':>8}"
+          f"{'here':>10}{'paper':>8}")
+    for task, name, latents, reduction, groups, paper_trainable, paper_total in rows:
+        with torch.device("meta"):  # shapes without memory
+            model = AVE(Lavish(swin_v2(name), latents, reduction, groups))
+            head = nn.Linear(model.net.backbone.dim, 21841)  # ImageNet-22k's, which the paper counts
+        trainable, total = count_parameters(model)
+        total += count_parameters(head)[1]
+        print(f"{task:5}{name:9}{f'{latents} / {reduction} / {groups}':>16}{'':4}"
+              f"{trainable / 1e6:8.2f}{paper_trainable:8.1f}{total / 1e6:10.2f}{paper_total:8.1f}")
+    print("Totals count the unused ImageNet-22k classifier, as the paper's do.")
+
+
+if __name__ == "__main__":
+    main()

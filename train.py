@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: MIT
+"""Training: one plain loop per task, from data to test score.
+
+    python train.py ave                                     the toy, from nothing, in minutes
+    python train.py ave --data AVE_Dataset                  the paper's experiment on the real data
+
+Toy data get the toy recipe below and real data the supplementary's numbers; each option overrides
+its entry. A run leaves in --out: adapters.pt (what was trained, at the best epoch on val),
+log.jsonl (one object per epoch) and result.json.
+"""
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
+import torchvision
+from tqdm import tqdm
+
+import data
+import lavish
+from lavish import InputError
+
+RECIPES = {
+    # The supplementary's settings. It does not give the epochs; others saw the best one early.
+    ("ave", "real"): dict(backbone="large", weights="imagenet", image_size=192, latents=2, reduction=8,
+                          groups=2, batch_size=2, lr=5e-6, head_lr=4e-6, epochs=20, workers=4),
+    # The same adapters on the toy backbone; a net this small wants larger steps.
+    ("ave", "toy"): dict(backbone="nano", weights="toy", image_size=48, latents=2, reduction=8,
+                         groups=2, batch_size=8, lr=2e-3, head_lr=1e-3, epochs=8, workers=0)}
+
+
+# ---------------------------------------------------------------- AVE
+
+
+def train_ave(args):
+    """Audio-visual event localisation: settings -> test accuracy over all seconds."""
+    start = time.time()
+    sets = {split: data.AVE(args.data, split, args.image_size, cache=args.cache)
+            for split in ("train", "val", "test")}
+    for split, dataset in sets.items():
+        if short := dataset.check_files():
+            print(f"{len(short)} {split} sounds are under 10 s and end in silence, first {short[0]}")
+    torch.manual_seed(args.seed)
+    classes = len(sets["train"].categories) + 1
+    model = lavish.AVE(build_net(args), classes).to(args.device)
+    optimizer = torch.optim.Adam([{"params": trainable(model.net), "lr": args.lr},
+                                  {"params": model.head.parameters(), "lr": args.head_lr}])
+    loaders = {split: make_loader(dataset, args, shuffle=split == "train")
+               for split, dataset in sets.items()}
+    best, log = -1.0, []
+    for epoch in range(1, args.epochs + 1):
+        epoch_start, losses = time.time(), []
+        model.train()
+        for frames, spectrograms, labels in bar(loaders["train"], f"epoch {epoch}/{args.epochs}"):
+            logits = model(frames.to(args.device), spectrograms.to(args.device))  # (B,10,classes)
+            # As released: binary cross-entropy of the softmax against the one-hot label.
+            targets = F.one_hot(labels.to(args.device), classes).float()
+            loss = F.binary_cross_entropy(logits.softmax(-1), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        val = score_ave(model, loaders["val"], args.device)
+        log.append({"epoch": epoch, "loss": float(np.mean(losses)), "val": val,
+                    "seconds": time.time() - epoch_start})
+        print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(**log[-1]),
+              "  best so far" if val > best else "", flush=True)
+        if val > best:  # chosen on val; the released code chooses on test
+            best = val
+            save_checkpoint(args, model)
+        data.write_atomic(os.path.join(args.out, "log.jsonl"),
+                          "".join(json.dumps(entry) + "\n" for entry in log).encode())
+    load_checkpoint(args, model)
+    test = score_ave(model, loaders["test"], args.device)
+    labels = torch.stack([sets["test"].labels(i) for i in range(len(sets["test"]))])
+    background = (labels == classes - 1).float().mean().item()
+    finish(args, model, start, "accuracy per second", test,
+           {f"test accuracy, {len(labels)} clips x 10 s": test,
+            "if all were called background": background,
+            "if every clip's event filled it": 1 - background})
+
+
+@torch.no_grad()
+def score_ave(model, loader, device):
+    """The share of seconds with the right label, over all seconds of a split."""
+    model.eval()
+    right = [model(frames.to(device), spectrograms.to(device)).argmax(-1).cpu() == labels
+             for frames, spectrograms, labels in bar(loader, "score")]
+    return torch.cat(right).float().mean().item()
+
+
+# ---------------------------------------------------------------- what the loops share
+
+
+def build_net(args):
+    """The frozen backbone with its adapters, as the settings say."""
+    weights = {"none": None, "toy": None}.get(args.weights, args.weights)
+    if args.weights == "toy":
+        weights = pretrain_nano(os.path.join(os.path.dirname(os.path.abspath(args.data)), "nano.pt"),
+                                args.device)
+    backbone = lavish.swin_v2(args.backbone, args.image_size, weights)
+    try:
+        return lavish.Lavish(backbone, args.latents, args.reduction, args.groups, args.modality,
+                             args.drop_path)
+    except ValueError as error:  # the adapter's own words about its dim
+        raise InputError(f"--reduction and --groups do not fit {args.backbone}: {error}") from None
+
+
+def pretrain_nano(path, device, steps=800, batch=32, lr=1e-3):
+    """What ImageNet is to the paper's backbone: the nano Swin-V2 learns 60 kinds of toy IMAGES.
+
+    No sound is involved. Done once; returns the path of the weights.
+    """
+    if os.path.exists(path):
+        return path
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    backbone = lavish.swin_v2("nano").to(device)
+    head = nn.Linear(backbone.dim, 60).to(device)
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    mean, std = (torch.tensor(v, device=device)[:, None, None]
+                 for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    right = []
+    for _ in bar(range(steps), "pretraining nano on toy images"):
+        images, labels = data.toy_images(batch, backbone.image_size, rng)
+        logits = head(backbone((images.to(device) / 255 - mean) / std)[-1].mean(1))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels.to(device)).backward()
+        optimizer.step()
+        schedule.step()
+        right.append((logits.argmax(1).cpu() == labels).float().mean().item())
+    print(f"nano pretrained on toy images: {np.mean(right[-100:]):.3f} of 60 kinds right; kept in {path}")
+    data.save_atomic(backbone.cpu().state_dict(), path)
+    return path
+
+
+def trainable(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def make_loader(dataset, args, shuffle):
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.utils.data.DataLoader(
+        dataset, args.batch_size, shuffle, num_workers=args.workers, generator=generator,
+        persistent_workers=args.workers > 0, pin_memory=args.device != "cpu")
+
+
+def bar(iterable, text):
+    """A progress bar on a terminal, nothing in a log file."""
+    return tqdm(iterable, desc=text, leave=False, disable=None, ncols=79)
+
+
+def save_checkpoint(args, model):
+    data.save_atomic({"settings": vars(args), "trained": lavish.trained_state_dict(model)},
+                     os.path.join(args.out, "adapters.pt"))
+
+
+def load_checkpoint(args, model):
+    path = os.path.join(args.out, "adapters.pt")
+    lavish.load_trained_state_dict(model, lavish.load_file(path)["trained"],
+                                   f"{path} is of another configuration")
+
+
+def finish(args, model, start, metric, test, table, **more):
+    """Write result.json, print the closing table and the command to type next."""
+    counts = lavish.count_parameters(model)
+    seconds = time.time() - start
+    result = {"task": args.task, "modality": args.modality, "metric": metric, "test": test,
+              "seconds": seconds, "seed": args.seed, "trainable_parameters": counts[0],
+              "total_parameters": counts[1], "settings": vars(args), **more,
+              "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                           "torchvision": torchvision.__version__,
+                           "torchaudio": torchaudio.__version__, "numpy": np.__version__}}
+    data.write_atomic(os.path.join(args.out, "result.json"), json.dumps(result, indent=1).encode())
+    print()
+    for text, score in table.items():
+        print(f"{text:45} {score:.4f}")
+    print(f"{'trainable of all parameters':45} {counts[0]:,} of {counts[1]:,}\n"
+          f"{'time':45} {seconds:.0f} s\n\nwritten to {args.out}: adapters.pt, log.jsonl, result.json")
+
+
+def parse(arguments=None):
+    """The command line, with the recipe filled in where an option was not given."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    ave = tasks.add_parser("ave", help="audio-visual event localisation")
+    for task in (ave,):
+        option = task.add_argument
+        name = task.prog.split()[-1]
+        option("--data", default=f"toy/{name}", help="data set folder; made if it is the toy default")
+        option("--backbone", help=", ".join(lavish.SWIN_V2))
+        option("--weights", help="imagenet, none, toy (nano on toy images), or a checkpoint's path")
+        option("--image-size", type=int, help="pixels a side, of frames and spectrograms")
+        option("--latents", type=int, help="latent tokens per adapter")
+        option("--reduction", type=int, help="width of a stage over width of its bottleneck")
+        option("--groups", type=int, help="groups of the bottleneck's convolutions")
+        option("--lr", type=float, help="of the adapters")
+        option("--head-lr", type=float, help="of the head")
+        option("--batch-size", type=int, help="clips in a step")
+        option("--epochs", type=int)
+        option("--modality", choices=("av", "v", "a"), default="av",
+               help="v or a: the other stream is out, adapters and all")
+        option("--drop-path", type=float, default=0.0,
+               help="stochastic depth of the frozen backbone (0.1 in the released code)")
+        option("--seed", type=int, default=0)
+        option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        option("--workers", type=int, help="processes that load data")
+        option("--cache", action="store_true", help="keep decoded clips in memory; always on for toys")
+        option("--out", default=f"runs/{name}", help="folder for the results")
+    args = parser.parse_args(arguments)
+    if args.data == f"toy/{args.task}" and not os.path.exists(args.data):
+        print(f"no {args.data} yet: making the toy data")
+        os.makedirs("toy", exist_ok=True)
+        data.make_toy(args.task, args.data)
+    toy = os.path.exists(os.path.join(args.data, "toy.json"))
+    for key, value in RECIPES[args.task, "toy" if toy else "real"].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.cache = args.cache or toy
+    return args
+
+
+def main(arguments=None):
+    try:
+        args = parse(arguments)
+        os.makedirs(args.out, exist_ok=True)
+        {"ave": train_ave}[args.task](args)
+    except InputError as error:
+        # From a worker process the message comes with its trace; the last line is ours.
+        line = str(error).rstrip().split("\n")[-1].removeprefix("lavish.InputError: ")
+        print(f"train.py: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the best epoch so far is in --out", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
