@@ -49,8 +49,9 @@ def open_wav(path):
     except FileNotFoundError:
         raise InputError(f"no sound at {path}") from None
     except (wave.Error, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a PCM wav ({str(error) or 'it ends too early'}); convert it: "
-                         f"ffmpeg -i IN -ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le OUT.wav") from None
+        reason = str(error) or "it ends too early"
+        raise InputError(f"{path} is not a PCM wav ({reason}); convert it: ffmpeg -i IN -ac 1 "
+                         f"-ar {SAMPLE_RATE} -c:a pcm_s16le OUT.wav") from None
 
 
 def read_wav(path):
@@ -152,7 +153,8 @@ class AVE(torch.utils.data.Dataset):
 
     def __init__(self, root, split, size, cache=False):
         if not os.path.isdir(root):
-            raise InputError(f"no data folder {root}; make a toy one: python data.py toy ave {root}")
+            raise InputError(f"no data folder {root}; make a toy one: python data.py toy ave "
+                             f"{root}")
         self.root, self.size, self.stats = root, size, spectrogram_stats(root, size)
         rows = read_lines(os.path.join(root, "Annotations.txt"))
         rows = rows[rows[0].startswith("Category&"):]  # the zip's copy has a header, others none
@@ -251,7 +253,8 @@ def play(name, seconds, rng):
     beat = lambda rate: (t * rate * pitch + phase) % 1 / rate  # seconds since the last stroke
     noise = rng.standard_normal(len(t))
     if name == "bell":      # inharmonic partials that ring off
-        sound = sum(np.sin(2 * np.pi * 520 * pitch * r * t) for r in (1, 2.76, 5.4)) * np.exp(-5 * beat(2))
+        partials = sum(np.sin(2 * np.pi * 520 * pitch * r * t) for r in (1, 2.76, 5.4))
+        sound = partials * np.exp(-5 * beat(2))
     elif name == "flute":   # one tone with vibrato
         sound = np.sin(2 * np.pi * 880 * pitch * t + 3 * np.sin(2 * np.pi * 5 * t))
     elif name == "drum":    # low bursts
@@ -310,9 +313,9 @@ def toy_images(count, size, rng):
         else:
             angle = (label - 36) // 3 * np.pi / 8 + rng.uniform(-0.1, 0.1)
             period = (3.5, 6, 11)[label % 3] * rng.uniform(0.85, 1.15)
-            wave_ = np.sin(2 * np.pi / period * (np.cos(angle) * grid + np.sin(angle) * grid[:, None])
-                           + rng.uniform(0, 2 * np.pi))
-            image = draw([], size, rng)[0] + wave_ * rng.uniform(-90, 90, (3, 1, 1))
+            along = np.cos(angle) * grid + np.sin(angle) * grid[:, None]
+            stripes = np.sin(2 * np.pi * (along / period + rng.uniform()))
+            image = draw([], size, rng)[0] + stripes * rng.uniform(-90, 90, (3, 1, 1))
             images[i] = np.clip(image, 0, 255)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
@@ -326,6 +329,11 @@ def write_wav(sound, path):
     with wave.open(path, "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         file.writeframes((np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes())
+
+
+def bar(iterable, text):
+    """A progress bar on a terminal, nothing in a log file."""
+    return tqdm(iterable, desc=text, leave=False, disable=None, ncols=79)
 
 
 def write_atomic(path, content):
@@ -378,7 +386,7 @@ def toy_ave(root, rng):
     names, rows = list(INSTRUMENTS), {split: [] for split in TOY_AVE_CLIPS}
     os.makedirs(os.path.join(root, "raw_audio"))
     for split, count in TOY_AVE_CLIPS.items():
-        for i in tqdm(range(count), desc=f"toy ave {split}", leave=False, disable=None):
+        for i in bar(range(count), f"toy ave {split}"):
             name, other = (names[k] for k in rng.permutation(len(names))[:2])
             length = rng.integers(3, 8)
             start = rng.integers(0, 11 - length)
@@ -389,7 +397,8 @@ def toy_ave(root, rng):
             sound = []
             for t in range(10):
                 kinds = [(name, None), (None, name), (name, other), (other, name)]
-                seen, heard = (name, name) if start <= t < start + length else kinds[rng.integers(4)]
+                event = start <= t < start + length
+                seen, heard = (name, name) if event else kinds[rng.integers(4)]
                 image, _ = draw([place(seen, rng)] if seen else [], TOY_SIZE, rng)
                 write_jpg(image, os.path.join(folder, f"{t + 1:04d}.jpg"))
                 second = 0.03 * rng.standard_normal(SAMPLE_RATE)
@@ -417,7 +426,7 @@ def stats(task, root, size):
     data = DATASETS[task](root, "train", size)
     data.check_files()
     means, stds = [], []
-    for video in tqdm(dict.fromkeys(clip[0] for clip in data.clips), desc="stats", leave=False, disable=None):
+    for video in bar(dict.fromkeys(clip[0] for clip in data.clips), "stats"):
         for second in seconds_of(read_wav(data.paths(video)[1]), data.seconds):
             image = fbank(second, size, mean=0.0, std=0.5)  # raw log-mel energies
             image = image[image.abs().sum(1) > 0]
@@ -437,7 +446,8 @@ DATASETS = {"ave": AVE}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write a toy data set in the real layout")
     toy.add_argument("task", choices=DATASETS)

@@ -95,7 +95,8 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
-        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(),
+                                     nn.Linear(512, heads, bias=False))
         # Keys have no bias: under the cosine it would not cancel, and neither Microsoft nor
         # torchvision (which stores one, then zeroes it) uses it.
         derived = {"bias_mask": torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim),
@@ -385,7 +386,8 @@ class LavishAdapter(nn.Module):
     def __init__(self, dim, latents=2, reduction=8, groups=2):
         super().__init__()
         if dim % (reduction * groups):
-            raise ValueError(f"dim {dim} must be a multiple of reduction {reduction} x groups {groups}")
+            raise ValueError(f"dim {dim} must be a multiple of reduction {reduction} x groups "
+                             f"{groups}")
         if latents:
             # Random, as in the paper: latents that start equal (zeros, in the released AVS and
             # AVQA code) get equal gradients for ever, and m of them act as one.
@@ -441,11 +443,12 @@ class Lavish(nn.Module):
         self.streams = {"av": ("visual", "audio"), "v": ("visual",), "a": ("audio",)}[modality]
         latents = latents if modality == "av" else 0
         blocks = [block for blocks, _ in backbone.stages for block in blocks]
+        def per_stream(dim):
+            return nn.ModuleDict({stream: LavishAdapter(dim, latents, reduction, groups)
+                                  for stream in self.streams})
         # [block][branch][stream]: with both streams and a Swin's two branches, four per block.
         self.adapters = nn.ModuleList(
-            nn.ModuleList(nn.ModuleDict({stream: LavishAdapter(block.dim, latents, reduction, groups)
-                                         for stream in self.streams}) for _ in block.branches())
-            for block in blocks)
+            nn.ModuleList(per_stream(block.dim) for _ in block.branches()) for block in blocks)
         self.drop_rates = [drop_path * i / max(len(blocks) - 1, 1) for i in range(len(blocks))]
 
     def train(self, mode=True):
@@ -546,7 +549,7 @@ def main():
     for task, name, latents, reduction, groups, paper_trainable, paper_total in rows:
         with torch.device("meta"):  # shapes without memory
             model = AVE(Lavish(swin_v2(name), latents, reduction, groups))
-            head = nn.Linear(model.net.backbone.dim, 21841)  # ImageNet-22k's, which the paper counts
+            head = nn.Linear(model.net.backbone.dim, 21841)  # ImageNet-22k's
         trainable, total = count_parameters(model)
         total += count_parameters(head)[1]
         print(f"{task:5}{name:9}{f'{latents} / {reduction} / {groups}':>16}{'':4}"

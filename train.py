@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import sys
 import time
 
@@ -21,19 +22,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
 import torchvision
-from tqdm import tqdm
 
 import data
 import lavish
+from data import bar
 from lavish import InputError
 
 RECIPES = {
     # The supplementary's settings. It does not give the epochs; others saw the best one early.
-    ("ave", "real"): dict(backbone="large", weights="imagenet", image_size=192, latents=2, reduction=8,
-                          groups=2, batch_size=2, lr=5e-6, head_lr=4e-6, epochs=20, workers=4),
+    ("ave", "real"): dict(backbone="large", weights="imagenet", image_size=192, latents=2,
+                          reduction=8, groups=2, batch_size=2, lr=5e-6, head_lr=4e-6, epochs=20,
+                          workers=4),
     # The same adapters on the toy backbone; a net this small wants larger steps.
     ("ave", "toy"): dict(backbone="nano", weights="toy", image_size=48, latents=2, reduction=8,
-                         groups=2, batch_size=8, lr=2e-3, head_lr=1e-3, epochs=8, workers=0)}
+                         groups=2, batch_size=8, lr=2e-3, head_lr=1e-3, epochs=7, workers=0)}
 
 
 # ---------------------------------------------------------------- AVE
@@ -42,11 +44,12 @@ RECIPES = {
 def train_ave(args):
     """Audio-visual event localisation: settings -> test accuracy over all seconds."""
     start = time.time()
+    os.makedirs(args.out, exist_ok=True)
     sets = {split: data.AVE(args.data, split, args.image_size, cache=args.cache)
             for split in ("train", "val", "test")}
     for split, dataset in sets.items():
         if short := dataset.check_files():
-            print(f"{len(short)} {split} sounds are under 10 s and end in silence, first {short[0]}")
+            print(f"{len(short)} {split} sounds are under 10 s: silence follows, first {short[0]}")
     torch.manual_seed(args.seed)
     classes = len(sets["train"].categories) + 1
     model = lavish.AVE(build_net(args), classes).to(args.device)
@@ -70,8 +73,8 @@ def train_ave(args):
         val = score_ave(model, loaders["val"], args.device)
         log.append({"epoch": epoch, "loss": float(np.mean(losses)), "val": val,
                     "seconds": time.time() - epoch_start})
-        print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(**log[-1]),
-              "  best so far" if val > best else "", flush=True)
+        print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s"
+              .format(**log[-1]), "  best so far" if val > best else "", flush=True)
         if val > best:  # chosen on val; the released code chooses on test
             best = val
             save_checkpoint(args, model)
@@ -96,15 +99,57 @@ def score_ave(model, loader, device):
     return torch.cat(right).float().mean().item()
 
 
+# ---------------------------------------------------------------- cost
+
+
+def bench(args):
+    """Time and memory of one batch of random data, in training and evaluation, at any size."""
+    torch.manual_seed(args.seed)
+    model = lavish.AVE(build_net(args)).to(args.device)
+    optimizer = torch.optim.Adam(trainable(model), args.lr)
+    B, T, S = args.batch_size, data.AVE.seconds, model.net.backbone.image_size
+    frames = torch.randn(B, T, 3, S, S, device=args.device)
+    spectrograms = torch.randn(B, T, S, S, device=args.device)
+    labels = torch.randint(29, (B * T,), device=args.device)
+
+    def train_step():
+        optimizer.zero_grad()
+        F.cross_entropy(model(frames, spectrograms).flatten(0, 1), labels).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def evaluation():
+        model(frames, spectrograms)
+
+    print(f"{args.backbone}, {S} px, {B} x {T} s, {args.latents} latents, fp32, {args.device}, "
+          f"{torch.get_num_threads()} threads")
+    for name, step in (("training step", train_step), ("evaluation", evaluation)):
+        model.train(step is train_step)
+        seconds = []
+        for _ in range(args.repeat + 1):  # the first one warms up
+            start = time.perf_counter()
+            step()
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        seconds = sorted(seconds[1:])
+        if args.device == "cpu":  # of the whole process; in kilobytes on Linux
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        else:
+            peak = torch.cuda.max_memory_allocated()
+        print(f"{name:14} {np.median(seconds):8.3f} s  ({seconds[0]:.3f} to {seconds[-1]:.3f})"
+              f"   peak memory {peak / 1e9:.1f} GB")
+
+
 # ---------------------------------------------------------------- what the loops share
 
 
 def build_net(args):
     """The frozen backbone with its adapters, as the settings say."""
-    weights = {"none": None, "toy": None}.get(args.weights, args.weights)
-    if args.weights == "toy":
-        weights = pretrain_nano(os.path.join(os.path.dirname(os.path.abspath(args.data)), "nano.pt"),
-                                args.device)
+    weights = None if args.weights == "none" else args.weights
+    if weights == "toy":  # beside the toy data sets, for all of them
+        folder = os.path.dirname(os.path.abspath(args.data))
+        weights = pretrain_nano(os.path.join(folder, "nano.pt"), args.device)
     backbone = lavish.swin_v2(args.backbone, args.image_size, weights)
     try:
         return lavish.Lavish(backbone, args.latents, args.reduction, args.groups, args.modality,
@@ -113,7 +158,7 @@ def build_net(args):
         raise InputError(f"--reduction and --groups do not fit {args.backbone}: {error}") from None
 
 
-def pretrain_nano(path, device, steps=800, batch=32, lr=1e-3):
+def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
     """What ImageNet is to the paper's backbone: the nano Swin-V2 learns 60 kinds of toy IMAGES.
 
     No sound is involved. Done once; returns the path of the weights.
@@ -138,7 +183,7 @@ def pretrain_nano(path, device, steps=800, batch=32, lr=1e-3):
         optimizer.step()
         schedule.step()
         right.append((logits.argmax(1).cpu() == labels).float().mean().item())
-    print(f"nano pretrained on toy images: {np.mean(right[-100:]):.3f} of 60 kinds right; kept in {path}")
+    print(f"nano pretrained on toy images: {np.mean(right[-100:]):.3f} right, of 60 kinds")
     data.save_atomic(backbone.cpu().state_dict(), path)
     return path
 
@@ -152,11 +197,6 @@ def make_loader(dataset, args, shuffle):
     return torch.utils.data.DataLoader(
         dataset, args.batch_size, shuffle, num_workers=args.workers, generator=generator,
         persistent_workers=args.workers > 0, pin_memory=args.device != "cpu")
-
-
-def bar(iterable, text):
-    """A progress bar on a terminal, nothing in a log file."""
-    return tqdm(iterable, desc=text, leave=False, disable=None, ncols=79)
 
 
 def save_checkpoint(args, model):
@@ -185,56 +225,69 @@ def finish(args, model, start, metric, test, table, **more):
     for text, score in table.items():
         print(f"{text:45} {score:.4f}")
     print(f"{'trainable of all parameters':45} {counts[0]:,} of {counts[1]:,}\n"
-          f"{'time':45} {seconds:.0f} s\n\nwritten to {args.out}: adapters.pt, log.jsonl, result.json")
+          f"{'time':45} {seconds:.0f} s\n\n"
+          f"{args.out} holds adapters.pt, log.jsonl, result.json")
 
 
 def parse(arguments=None):
-    """The command line, with the recipe filled in where an option was not given."""
+    """The command line; options that were not given come from the recipe of task and data."""
+    net = argparse.ArgumentParser(add_help=False)  # what a net is made of
+    option = net.add_argument
+    option("--backbone", help=", ".join(lavish.SWIN_V2))
+    option("--weights", help="imagenet, none, toy (nano on toy images), or a checkpoint's path")
+    option("--image-size", type=int, help="pixels a side, of frames and spectrograms")
+    option("--latents", type=int, help="latent tokens per adapter")
+    option("--reduction", type=int, help="width of a stage over width of its bottleneck")
+    option("--groups", type=int, help="groups of the bottleneck's convolutions")
+    option("--modality", choices=("av", "v", "a"), default="av",
+           help="v or a: the other stream is out, adapters and all")
+    option("--drop-path", type=float, default=0.0,
+           help="stochastic depth of the frozen backbone (0.1 in the released code)")
+    option("--batch-size", type=int, help="clips in a step")
+    option("--seed", type=int, default=0)
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run = argparse.ArgumentParser(add_help=False, parents=[net])  # and how it is trained
+    option = run.add_argument
+    option("--data", help="data set folder; toy data if not given, made where absent")
+    option("--lr", type=float, help="of the adapters")
+    option("--head-lr", type=float, help="of the head")
+    option("--epochs", type=int)
+    option("--workers", type=int, help="processes that load data")
+    option("--cache", action="store_true", help="keep decoded clips in memory; on for toys")
+    option("--out", help="folder for the results")
+
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
-    ave = tasks.add_parser("ave", help="audio-visual event localisation")
-    for task in (ave,):
-        option = task.add_argument
-        name = task.prog.split()[-1]
-        option("--data", default=f"toy/{name}", help="data set folder; made if it is the toy default")
-        option("--backbone", help=", ".join(lavish.SWIN_V2))
-        option("--weights", help="imagenet, none, toy (nano on toy images), or a checkpoint's path")
-        option("--image-size", type=int, help="pixels a side, of frames and spectrograms")
-        option("--latents", type=int, help="latent tokens per adapter")
-        option("--reduction", type=int, help="width of a stage over width of its bottleneck")
-        option("--groups", type=int, help="groups of the bottleneck's convolutions")
-        option("--lr", type=float, help="of the adapters")
-        option("--head-lr", type=float, help="of the head")
-        option("--batch-size", type=int, help="clips in a step")
-        option("--epochs", type=int)
-        option("--modality", choices=("av", "v", "a"), default="av",
-               help="v or a: the other stream is out, adapters and all")
-        option("--drop-path", type=float, default=0.0,
-               help="stochastic depth of the frozen backbone (0.1 in the released code)")
-        option("--seed", type=int, default=0)
-        option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        option("--workers", type=int, help="processes that load data")
-        option("--cache", action="store_true", help="keep decoded clips in memory; always on for toys")
-        option("--out", default=f"runs/{name}", help="folder for the results")
+    tasks.add_parser("ave", parents=[run], help="audio-visual event localisation")
+    measure = tasks.add_parser("bench", parents=[net], help="time and memory on random data")
+    measure.add_argument("head", choices=("ave",), help="of which task")
+    measure.add_argument("--repeat", type=int, default=3, help="measured steps, after one more")
     args = parser.parse_args(arguments)
-    if args.data == f"toy/{args.task}" and not os.path.exists(args.data):
-        print(f"no {args.data} yet: making the toy data")
-        os.makedirs("toy", exist_ok=True)
-        data.make_toy(args.task, args.data)
+    if args.task == "bench":
+        return fill(args, {**RECIPES[args.head, "real"], "weights": "none", "batch_size": 1})
+    if args.data is None:
+        args.data = f"toy/{args.task}"
+        if not os.path.exists(args.data):
+            print(f"no {args.data} yet: making the toy data")
+            data.make_toy(args.task, args.data)
     toy = os.path.exists(os.path.join(args.data, "toy.json"))
-    for key, value in RECIPES[args.task, "toy" if toy else "real"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
     args.cache = args.cache or toy
+    args.out = args.out or f"runs/{args.task}"
+    return fill(args, RECIPES[args.task, "toy" if toy else "real"])
+
+
+def fill(args, recipe):
+    for key, value in recipe.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
     return args
 
 
 def main(arguments=None):
     try:
         args = parse(arguments)
-        os.makedirs(args.out, exist_ok=True)
-        {"ave": train_ave}[args.task](args)
+        {"ave": train_ave, "bench": bench}[args.task](args)
     except InputError as error:
         # From a worker process the message comes with its trace; the last line is ours.
         line = str(error).rstrip().split("\n")[-1].removeprefix("lavish.InputError: ")
