@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Data: sound and frames from disk, the data sets' layouts, and toy data in the same layouts.
 
-    python data.py toy ave DIR          write the toy data set (train.py does so by itself)
-    python data.py stats ave DIR        mean and std of a data set's spectrograms, kept in DIR
+    python data.py toy TASK DIR         write the toy data set (train.py does so by itself)
+    python data.py stats TASK DIR       mean and std of a data set's spectrograms, kept in DIR
 
-Read in this order: read_wav and read_frame, AVE, then the toy world (what its instruments look and
-sound like) and the toy data sets made from it. Nothing here knows the model but for fbank.
+TASK is ave or avs. Read in this order: read_wav and read_frame, AVE, AVSBench, then the toy world
+(what its instruments look and sound like) and the toy data sets made from it. Nothing here knows
+the model but for fbank.
 """
 import argparse
+import csv
 import io
 import json
 import os
@@ -75,13 +77,18 @@ def read_wav(path):
     return sound - sound.mean() if len(sound) else sound
 
 
-def read_frame(path, size):
-    """(3, size, size) float32, ImageNet-normalised; the aspect is not kept, as released."""
+def read_image(path):
+    """(3, height, width) uint8, from jpg or png."""
     try:
-        image = torchvision.io.decode_image(path, mode="RGB")
+        return torchvision.io.decode_image(path, mode="RGB")
     except (RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{path} is not a readable image ({reason}); extract it again") from None
+
+
+def read_frame(path, size):
+    """(3, size, size) float32, ImageNet-normalised; the aspect is not kept, as released."""
+    image = read_image(path)
     # antialias: the torchvision of the released code had none, so a large frame aliased.
     image = torchvision.transforms.functional.resize(image, [size, size], antialias=True)
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
@@ -120,13 +127,58 @@ def read_lines(path):
                          "or make a toy one: python data.py toy ave DIR)") from None
 
 
-def spectrogram_stats(root, size):
+def spectrogram_stats(dataset, root, size):
     """(mean, std) to normalise spectrograms with: what `data.py stats` left in root, or AVE's."""
-    try:
-        with open(os.path.join(root, "fbank.json"), encoding="utf-8") as file:
-            return tuple(json.load(file).get(str(size), (AVE_MEAN, AVE_STD)))
-    except FileNotFoundError:
-        return AVE_MEAN, AVE_STD
+    if not os.path.isdir(root):
+        raise InputError(f"no data folder {root}; make a toy one: python data.py toy "
+                         f"{dataset.task} {root}")
+    path = os.path.join(root, "fbank.json")
+    known = {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            known = json.load(file)
+    return tuple(known.get(str(size), (AVE_MEAN, AVE_STD)))
+
+
+def read_spectrograms(path, seconds, size, stats):
+    """(seconds, size, size): the sound at path, decoded once, second by second."""
+    return torch.stack([fbank(second, size, *stats)
+                        for second in seconds_of(read_wav(path), seconds)])
+
+
+def check_files(dataset):
+    """InputError if clips lack files; returns the paths of the sounds that end too early.
+
+    Not part of a data set's constructor, so that labels can be had without the videos.
+    """
+    missing, short = [], []
+    for i in range(len(dataset)):
+        images, wav = dataset.files(i)
+        lost = [path for path in (*images, wav) if not os.path.exists(path)]
+        missing += lost[:1]
+        if not lost:
+            with open_wav(wav) as file:
+                if file.getnframes() < dataset.seconds * file.getframerate():
+                    short.append(wav)
+    if missing:
+        raise InputError(f"{len(missing)} of {len(dataset)} clips lack files, first {missing[0]}; "
+                         f"{dataset.remedy}")
+    return short
+
+
+class InMemory(torch.utils.data.Dataset):
+    """Keeps what it has read of a small data set."""
+
+    def __init__(self, dataset):
+        self.dataset, self.items = dataset, {}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        if i not in self.items:
+            self.items[i] = self.dataset[i]
+        return self.items[i]
 
 
 # ---------------------------------------------------------------- AVE
@@ -149,13 +201,12 @@ class AVE(torch.utils.data.Dataset):
     and is all background here.
     """
 
-    seconds = 10
+    task, seconds = "ave", 10
+    remedy = ("for each: ffmpeg -i ID.mp4 -vf fps=1 video_frames/ID/%04d.jpg "
+              "-ac 1 -ar 16000 raw_audio/ID.wav")
 
-    def __init__(self, root, split, size, cache=False):
-        if not os.path.isdir(root):
-            raise InputError(f"no data folder {root}; make a toy one: python data.py toy ave "
-                             f"{root}")
-        self.root, self.size, self.stats = root, size, spectrogram_stats(root, size)
+    def __init__(self, root, split, size):
+        self.root, self.size, self.stats = root, size, spectrogram_stats(self, root, size)
         rows = read_lines(os.path.join(root, "Annotations.txt"))
         rows = rows[rows[0].startswith("Category&"):]  # the zip's copy has a header, others none
         self.categories = list(dict.fromkeys(row.split("&")[0] for row in rows))
@@ -168,33 +219,12 @@ class AVE(torch.utils.data.Dataset):
             except ValueError:
                 raise InputError(f"{path}, line {number}: {line!r} is not Category&VideoID&Quality&"
                                  "Start&End with a category of Annotations.txt") from None
-        self.cache = {} if cache else None
 
-    def check_files(self):
-        """InputError if a clip lacks frames or sound; returns the ids of sounds under 10 s.
-
-        Not part of the constructor, so that labels can be had without the videos.
-        """
-        missing, short = [], []
-        for video in dict.fromkeys(clip[0] for clip in self.clips):
-            folder, wav = self.paths(video)
-            if not frame_paths(folder):
-                missing.append(folder)
-            elif not os.path.exists(wav):
-                missing.append(wav)
-            else:
-                with open_wav(wav) as file:
-                    if file.getnframes() < self.seconds * file.getframerate():
-                        short.append(video)
-        if missing:
-            raise InputError(
-                f"{len(missing)} clips lack frames or sound, first {missing[0]}; for each: ffmpeg "
-                f"-i ID.mp4 -vf fps=1 video_frames/ID/%04d.jpg -ac 1 -ar 16000 raw_audio/ID.wav")
-        return short
-
-    def paths(self, video):
-        return (os.path.join(self.root, "video_frames", video),
-                os.path.join(self.root, "raw_audio", video + ".wav"))
+    def files(self, i):
+        """The frames of a clip (or the first that should be there) and its sound."""
+        folder = os.path.join(self.root, "video_frames", self.clips[i][0])
+        return (frame_paths(folder) or [os.path.join(folder, "0001.jpg")],
+                os.path.join(self.root, "raw_audio", self.clips[i][0] + ".wav"))
 
     def labels(self, i):
         _, category, start, end = self.clips[i]
@@ -205,20 +235,82 @@ class AVE(torch.utils.data.Dataset):
         return len(self.clips)
 
     def __getitem__(self, i):
-        if self.cache is not None and i in self.cache:
-            return self.cache[i]
-        folder, wav = self.paths(self.clips[i][0])
-        paths = frame_paths(folder)
+        paths, wav = self.files(i)
         # The frame in the middle of each second. Released: linspace from the first to the last,
         # which at 3 frames a second comes to the same seconds.
-        frames = torch.stack([read_frame(paths[(2 * t + 1) * len(paths) // (2 * self.seconds)],
-                                         self.size) for t in range(self.seconds)])
-        spectrograms = torch.stack([fbank(second, self.size, *self.stats)
-                                    for second in seconds_of(read_wav(wav), self.seconds)])
-        item = frames, spectrograms, self.labels(i)
-        if self.cache is not None:
-            self.cache[i] = item
-        return item
+        frames = [read_frame(paths[(2 * t + 1) * len(paths) // (2 * self.seconds)], self.size)
+                  for t in range(self.seconds)]
+        return (torch.stack(frames), read_spectrograms(wav, self.seconds, self.size, self.stats),
+                self.labels(i))
+
+
+# ---------------------------------------------------------------- AVSBench S4
+
+
+class AVSBench(torch.utils.data.Dataset):
+    """AVSBench S4 (Zhou et al., ECCV 2022): five seconds, and masks of the one thing that sounds.
+
+        root/s4_meta_data.csv                columns name, ..., category, split
+        root/s4_data/visual_frames/SPLIT/CATEGORY/NAME/NAME_{1..5}.png
+        root/s4_data/gt_masks/SPLIT/CATEGORY/NAME/NAME_1.png in train, NAME_{1..5}.png in val, test
+        root/s4_data/audio_wav/SPLIT/CATEGORY/NAME.wav
+
+    item: frames (5,3,S,S), spectrograms (5,S,S), masks (1 in train, else 5, mask_size, mask_size)
+    of 0 and 1. mask_size is that of the files (224). An empty mask is legal. The log-mel pickles
+    that the released loader opens, and does not use, are not touched.
+    """
+
+    task, seconds = "avs", 5
+    remedy = "they come with AVSBench-object, Single-source"
+
+    def __init__(self, root, split, size):
+        self.root, self.split, self.size = root, split, size
+        self.stats = spectrogram_stats(self, root, size)
+        path = os.path.join(root, "s4_meta_data.csv")
+        rows = list(csv.reader(read_lines(path)))
+        names, columns = ("name", "category", "split"), (0, 2, 3)  # where the names do not tell
+        if set(names) <= set(rows[0]):
+            columns = [rows[0].index(name) for name in names]
+        if len(rows[0]) > max(columns) and rows[0][columns[2]] not in ("train", "val", "test"):
+            rows = rows[1:]  # a header
+        try:
+            rows = [[row[column] for column in columns] for row in rows]
+        except IndexError:
+            raise InputError(f"{path} has rows without name, category and split") from None
+        self.clips = [(name, category) for name, category, its_split in rows if its_split == split]
+        if not self.clips:
+            raise InputError(f"{path} lists no {split} clips; its fourth column should say split")
+        self.mask_size = read_image(self.files(0)[0][-1]).shape[-1]
+
+    def files(self, i):
+        """Five frames and the masks, in one list, and the sound."""
+        name, category = self.clips[i]
+        folder = lambda kind: os.path.join(self.root, "s4_data", kind, self.split, category, name)
+        masks = 1 if self.split == "train" else self.seconds
+        return ([os.path.join(folder(kind), f"{name}_{k + 1}.png") for kind, count in
+                 (("visual_frames", self.seconds), ("gt_masks", masks)) for k in range(count)],
+                folder("audio_wav") + ".wav")
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, i):
+        paths, wav = self.files(i)
+        frames = [read_frame(path, self.size) for path in paths[:self.seconds]]
+        masks = [self.read_mask(path) for path in paths[self.seconds:]]
+        return (torch.stack(frames), read_spectrograms(wav, self.seconds, self.size, self.stats),
+                torch.stack(masks))
+
+    def read_mask(self, path):
+        """Stored as {0, 1}, {0, 255} or grey (of which above half counts), in one channel or more.
+
+        The released loader's convert("1") turns a {0, 1} file all black and dithers a grey one.
+        """
+        mask = read_image(path).amax(0)
+        if mask.shape != (self.mask_size, self.mask_size):
+            raise InputError(f"{path} is {mask.shape[1]} x {mask.shape[0]}, not {self.mask_size} "
+                             f"x {self.mask_size} as the first mask; make the masks of one size")
+        return (mask > (0 if mask.max() == 1 else 127)).float()
 
 
 # ---------------------------------------------------------------- the toy world
@@ -287,10 +379,10 @@ def draw(objects, size, rng):
     return np.clip(image, 0, 255).astype(np.uint8), masks
 
 
-def place(name, rng):
+def place(name, rng, smallest=0.14, largest=0.24):
     """An instrument at a random place and size, as draw takes it."""
     shape, colour = INSTRUMENTS[name]
-    radius = rng.uniform(0.14, 0.24)
+    radius = rng.uniform(smallest, largest)
     x, y = rng.uniform(radius, 1 - radius, 2)
     return [shape, COLOURS[colour], x, y, radius]
 
@@ -357,7 +449,7 @@ def make_toy(task, root, seed=0):
     partial = root.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
-    toy_ave(partial, np.random.default_rng(seed))
+    {"ave": toy_ave, "avs": toy_avs}[task](partial, np.random.default_rng(seed))
     stats(task, partial, TOY_SIZE)
     settings = {"task": task, "seed": seed, "image_size": TOY_SIZE}
     write_atomic(os.path.join(partial, "toy.json"), json.dumps(settings).encode())
@@ -414,6 +506,56 @@ def toy_ave(root, rng):
             file.write("\n".join(lines) + "\n")
 
 
+def moving(names, rng, steps=5):
+    """A list over time of what draw takes: instruments in straight motion, never overlapping."""
+    paths = []  # (steps, 3) each: x, y, radius
+    while len(paths) < len(names):
+        start, aim = (np.array(place(names[0], rng, 0.17, 0.27)[2:]) for _ in range(2))
+        path = np.linspace(start, (start + aim) / 2, steps)
+        if all((np.hypot(*(path - other)[:, :2].T) > path[:, 2] + other[:, 2]).all()
+               for other in paths):
+            paths.append(path)
+        elif rng.uniform() < 0.02:  # the first ones may leave no room
+            paths = []
+    looks = [place(name, rng)[:2] for name in names]
+    return [[(*look, *path[k]) for look, path in zip(looks, paths)] for k in range(steps)]
+
+
+TOY_AVS_CLIPS = {"train": 480, "val": 60, "test": 80}
+
+
+def toy_avs(root, rng):
+    """The AVSBench S4 layout: two or three instruments move, and one of them sounds.
+
+    Only the sound tells which one: an eye that always finds every object, and has to guess among
+    two or three, gets a mean IoU of about 0.4.
+    """
+    names, rows = list(INSTRUMENTS), ["name,start,category,split"]
+    for split, count in TOY_AVS_CLIPS.items():
+        for i in bar(range(count), f"toy avs {split}"):
+            seen = [names[k] for k in rng.permutation(len(names))[:rng.integers(2, 4)]]
+            sounding = rng.integers(len(seen))
+            name, category = f"{'-' if i % 4 == 0 else ''}{split}{i:04d}", seen[sounding]
+            folder = lambda kind: os.path.join(root, "s4_data", kind, split, category)
+            for path in (folder("audio_wav"), *(os.path.join(folder(kind), name)
+                                                for kind in ("visual_frames", "gt_masks"))):
+                os.makedirs(path, exist_ok=True)
+            scenes = moving(seen, rng)
+            for k in range(5):
+                image, masks = draw(scenes[k], TOY_SIZE, rng)
+                path = lambda kind: os.path.join(folder(kind), name, f"{name}_{k + 1}.png")
+                torchvision.io.write_png(torch.from_numpy(image), path("visual_frames"))
+                if k == 0 or split != "train":
+                    mask = torch.from_numpy(masks[sounding])[None].byte() * 255
+                    torchvision.io.write_png(mask, path("gt_masks"))
+            sound = rng.uniform(0.05, 0.2) * play(category, 5, rng)
+            write_wav(sound + 0.03 * rng.standard_normal(len(sound)),
+                      os.path.join(folder("audio_wav"), name + ".wav"))
+            rows.append(f"{name},0,{category},{split}")
+    with open(os.path.join(root, "s4_meta_data.csv"), "w", encoding="utf-8") as file:
+        file.write("\n".join(rows) + "\n")
+
+
 # ---------------------------------------------------------------- commands
 
 
@@ -423,12 +565,11 @@ def stats(task, root, size):
     Over the second's real rows alone (padding is no sound): the mean of the seconds' means and the
     mean of their stds, as the authors measured theirs.
     """
-    data = DATASETS[task](root, "train", size)
-    data.check_files()
+    dataset = DATASETS[task](root, "train", size)
+    check_files(dataset)
     means, stds = [], []
-    for video in bar(dict.fromkeys(clip[0] for clip in data.clips), "stats"):
-        for second in seconds_of(read_wav(data.paths(video)[1]), data.seconds):
-            image = fbank(second, size, mean=0.0, std=0.5)  # raw log-mel energies
+    for wav in bar(list(dict.fromkeys(dataset.files(i)[1] for i in range(len(dataset)))), "stats"):
+        for image in read_spectrograms(wav, dataset.seconds, size, (0.0, 0.5)):  # raw energies
             image = image[image.abs().sum(1) > 0]
             means.append(image.mean().item())
             stds.append(image.std().item())
@@ -442,7 +583,7 @@ def stats(task, root, size):
     return known[str(size)]
 
 
-DATASETS = {"ave": AVE}
+DATASETS = {"ave": AVE, "avs": AVSBench}
 
 
 def main():

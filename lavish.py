@@ -26,7 +26,8 @@ Glossary
     visual, audio                            per stage, the tokens of the two streams
 
 Read in this order, which is the order in which data flows: fbank, SwinV2, LavishAdapter, Lavish,
-AVE. The end has the two verbs people copy, and `python lavish.py` prints the parameter counts.
+then the task you want: AVE, AVS or AVQA. The end has the two verbs people copy, and
+`python lavish.py` prints the parameter counts.
 """
 import math
 import re
@@ -77,7 +78,7 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
 #     embed(images (B,3,S,S)) -> tokens (B,N,d)
 #     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
 #     block.dim, and block.branches(): functions f in x <- x + f(x), here attention and MLP
-#     norm: the last LayerNorm
+#     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
 # Parameter names are torchvision's.
 
 
@@ -236,11 +237,11 @@ class SwinV2(nn.Module):
                  pretrained_windows=None):
         super().__init__()
         sides = stage_sides(image_size, len(depths), window_size)
-        self.dim, self.image_size = embed_dim * 2 ** (len(depths) - 1), image_size
+        self.dims, self.image_size = [embed_dim << i for i in range(len(depths))], image_size
         features = [nn.Sequential(nn.Conv2d(3, embed_dim, 4, stride=4),
                                   torchvision.ops.Permute([0, 2, 3, 1]), nn.LayerNorm(embed_dim))]
         for i, (side, depth, heads) in enumerate(zip(sides, depths, num_heads)):
-            dim, window = embed_dim * 2 ** i, min(window_size, side)
+            dim, window = self.dims[i], min(window_size, side)
             pretrained_window = pretrained_windows[i] if pretrained_windows else window
             if i:
                 features.append(PatchMerging(dim // 2, 2 * side))
@@ -248,16 +249,11 @@ class SwinV2(nn.Module):
                 SwinBlock(dim, heads, side, window, window // 2 if j % 2 and side > window else 0,
                           pretrained_window) for j in range(depth)))
         self.features = nn.ModuleList(features)
-        self.norm = nn.LayerNorm(self.dim)
+        self.norm = nn.LayerNorm(self.dims[-1])
         self.stages = list(zip(features[1::2], [*features[2::2], nn.Identity()]))
-        self.apply(self.init_linear)
-
-    @staticmethod
-    def init_linear(module):
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:  # the linear layers
+                nn.init.trunc_normal_(parameter, std=0.02)
 
     def embed(self, images):
         return self.features[0](images).flatten(1, 2)                          # (B,(S/4)^2,d)
@@ -495,7 +491,7 @@ class AVE(nn.Module):
         super().__init__()
         self.net = net
         # Two linear layers with nothing between them, as released.
-        self.head = nn.Sequential(nn.Linear(len(net.streams) * net.backbone.dim, hidden),
+        self.head = nn.Sequential(nn.Linear(len(net.streams) * net.backbone.dims[-1], hidden),
                                   nn.Linear(hidden, classes))
 
     def forward(self, frames, spectrograms):
@@ -503,6 +499,110 @@ class AVE(nn.Module):
         streams = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
         pooled = [tokens[-1].mean(1) for tokens in streams if tokens]          # (B*T,d) each
         return self.head(torch.cat(pooled, -1)).view(B, T, -1)
+
+
+class TPAVI(nn.Module):
+    """Temporal pixel-wise audio-visual interaction (AVSBench, ECCV 2022): every pixel of a clip
+    reads all others, weighted by how its theta agrees with the sound phi of their frame. For pixel
+    p of frame t, over T frames of P pixels,
+
+        y_tp = 1/(TP) sum_t'p' (theta_tp . phi_t') g_t'p'            z = LN(x + BN(W y))
+
+    As published, this forms the TP x TP weights (983 MB at 5 frames of 56 x 56). But no softmax
+    stands between the two products and phi is one per frame, so the sums may change places:
+
+        y_tp = theta_tp [1/T sum_t' phi_t'^T gbar_t'],    gbar_t = mean_p g(x_tp) = g(mean_p x_tp)
+
+    x (B*T,C,H,W), audio (B,T,audio_dim) -> (B*T,C,H,W)
+    """
+
+    def __init__(self, channels, audio_dim=128):
+        super().__init__()
+        self.align = nn.Linear(audio_dim, channels)
+        self.theta, self.phi, self.g = (nn.Linear(channels, channels // 2) for _ in range(3))
+        self.out, self.bn = nn.Linear(channels // 2, channels), nn.BatchNorm1d(channels)
+        self.norm = nn.LayerNorm(channels)
+        nn.init.zeros_(self.bn.weight)  # at the start the sound has no say: z = LN(x)
+
+    def forward(self, x, audio):
+        B, T, _ = audio.shape
+        x = x.movedim(1, -1)                                               # (B*T,H,W,C)
+        phi = self.phi(self.align(audio))                                  # (B,T,C/2)
+        gbar = self.g(x.mean((1, 2))).view(B, T, -1)                       # (B,T,C/2)
+        theta = self.theta(x).reshape(B, -1, gbar.shape[-1])               # (B,T*H*W,C/2)
+        y = self.out(theta @ (phi.transpose(1, 2) @ gbar / T))             # (B,T*H*W,C)
+        return self.norm(x + self.bn(y.flatten(0, 1)).view(x.shape)).movedim(-1, 1)
+
+
+class ResidualUnit(nn.Module):
+    """relu(x) + conv(relu(conv(relu(x)))): the shortcut is rectified too, because the released
+    code's first relu works in place."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        x = F.relu(x)
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class AVS(nn.Module):
+    """Audio-visual segmentation: a mask of what sounds, by AVSBench's decoder (Sec. 4.1).
+
+    frames (B,T,3,S,S), spectrograms (B,T,S,S) -> mask logits (B,T,mask_size,mask_size); T is 1
+    with first=True, all that the loss of S4 looks at. Without sound there is no TPAVI.
+    """
+
+    def __init__(self, net, mask_size=224, channels=256, widths=(64, 128, 320, 512),
+                 mask_widths=(128, 32), audio_dim=128):
+        super().__init__()
+        if "visual" not in net.streams:
+            raise InputError("segmentation has no sound-only variant: a mask needs frames")
+        self.net, dims = net, net.backbone.dims
+        n, audible = len(dims), "audio" in net.streams
+        # Map i has side sizes[i + 1], mask_size / 4, / 8 ...; once fused it grows to sizes[i].
+        self.sizes = [max(1, mask_size // 2 ** (i + 1)) for i in range(n + 1)]
+        self.project = nn.ModuleList(nn.Linear(d, w) for d, w in zip(dims, widths))
+        self.dilated = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(w, channels, 3, padding=r, dilation=r) for r in (3, 6, 12, 18))
+            for w in widths[:n])
+        for parameter in self.dilated.parameters():
+            if parameter.dim() == 4:
+                nn.init.normal_(parameter, std=0.01)
+        self.audio = nn.Linear(dims[-1], audio_dim) if audible else None
+        self.tpavi = nn.ModuleList(TPAVI(channels, audio_dim) for _ in range(n if audible else 0))
+        # The coarsest map is added to nothing; the released unit for it (1.18M) is never used.
+        self.skip = nn.ModuleList([*(ResidualUnit(channels) for _ in range(n - 1)), nn.Identity()])
+        self.fuse = nn.ModuleList(ResidualUnit(channels) for _ in range(n))
+        self.mask = nn.Sequential(
+            nn.Conv2d(channels, mask_widths[0], 3, padding=1),
+            nn.Upsample((mask_size, mask_size), mode="bilinear"),
+            nn.Conv2d(mask_widths[0], mask_widths[1], 3, padding=1), nn.ReLU(),
+            nn.Conv2d(mask_widths[1], 1, 1))
+
+    def forward(self, frames, spectrograms, first=False):
+        B, T = frames.shape[:2]
+        visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
+        maps = []
+        for tokens, project, size in zip(visual, self.project, self.sizes[1:]):
+            side = math.isqrt(tokens.shape[1])
+            x = project(tokens).transpose(1, 2).unflatten(2, (side, side))     # (B*T,w,side,side)
+            maps.append(F.interpolate(x, size, mode="bicubic"))                # (B*T,w,size,size)
+        if audio:
+            audio = self.audio(audio[-1].mean(1)).view(B, T, -1)               # (B,T,128)
+        return self.decode(maps, audio, T if first else 1).view(B, -1, *self.mask[1].size)
+
+    def decode(self, maps, audio=None, step=1):
+        """maps [(B*T,w,size,size)], audio (B,T,128) -> logits of every step-th frame."""
+        maps = [sum(conv(x) for conv in convs) for x, convs in zip(maps, self.dilated)]
+        if audio is not None:
+            maps = [tpavi(x, audio) for x, tpavi in zip(maps, self.tpavi)]     # (B*T,C,size,size)
+        x = 0
+        for i in reversed(range(len(maps))):                                   # coarse to fine
+            x = self.fuse[i](x + self.skip[i](maps[i][::step]))
+            x = F.interpolate(x, self.sizes[i], mode="bilinear", align_corners=True)
+        return self.mask(x)                                                    # (B*T,1,mask,mask)
 
 
 # ---------------------------------------------------------------- two verbs to copy
@@ -540,21 +640,23 @@ def count_parameters(model):
 
 def main():
     """Print the paper's configurations: parameters here beside the paper's, in millions."""
-    rows = (  # task, backbone, latents, reduction, groups, the paper's trainable and total
-        ("AVE", "large", 2, 8, 2, 10.1, 238.8),
-        ("AVE", "base12", 2, 8, 2, 5.0, 114.2))
-    print(f"{'':14}{'latents/':>12}{'':>8}{'trainable, M':^18}{'total, M':^18}\n"
-          f"{'task backbone':14}{'reduct./groups':>16}{'':4}{'here':>8}{'paper':>8}"
-          f"{'here':>10}{'paper':>8}")
-    for task, name, latents, reduction, groups, paper_trainable, paper_total in rows:
+    print("millions of parameters         of which                trainable        total\n"
+          "task backbone m/ r/g   latents adapters   head     here  paper     here  paper")
+    for head, name, m, r, g, paper_trainable, paper_total in (
+            (AVE, "large", 2, 8, 2, 10.1, 238.8), (AVE, "base12", 2, 8, 2, 5.0, 114.2),
+            (AVS, "large", 16, 4, 2, 37.2, 266.4)):
         with torch.device("meta"):  # shapes without memory
-            model = AVE(Lavish(swin_v2(name), latents, reduction, groups))
-            head = nn.Linear(model.net.backbone.dim, 21841)  # ImageNet-22k's
+            model = head(Lavish(swin_v2(name), m, r, g))
+            unused = nn.Linear(model.net.backbone.dims[-1], 21841)  # ImageNet-22k's classifier
         trainable, total = count_parameters(model)
-        total += count_parameters(head)[1]
-        print(f"{task:5}{name:9}{f'{latents} / {reduction} / {groups}':>16}{'':4}"
-              f"{trainable / 1e6:8.2f}{paper_trainable:8.1f}{total / 1e6:10.2f}{paper_total:8.1f}")
-    print("Totals count the unused ImageNet-22k classifier, as the paper's do.")
+        adapters = count_parameters(model.net.adapters)[1]
+        latents = sum(a.latents.numel() for a in model.modules() if isinstance(a, LavishAdapter))
+        total += count_parameters(unused)[1]
+        print(f"{head.__name__:4} {name:8} {m:2}/{r:2}/{g} " + "".join(
+            f"{n / 1e6:9.2f}" for n in (latents, adapters - latents, trainable - adapters, trainable))
+            + f"{paper_trainable:7.1f}{total / 1e6:9.2f}{paper_total:7.1f}")
+    print("m latents, r reduction, g groups. Totals count the unused ImageNet-22k classifier, as the"
+          "\npaper's do. AVS: the released decoder has 1.18M more that it never uses.")
 
 
 if __name__ == "__main__":

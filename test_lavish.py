@@ -403,6 +403,138 @@ def test_parameter_counts_are_the_papers():
     assert 38e6 < size < 45e6
 
 
+# ---------------------------------------------------------------- segmentation
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_tpavi_equals_the_quadratic_form(training):
+    tpavi = randomise(lavish.TPAVI(8, 6)).double().train(training)
+    x, audio = torch.randn(6, 8, 4, 5).double(), torch.randn(2, 3, 6).double()
+    video = x.view(2, 3, 8, 20).transpose(2, 3).reshape(2, 60, 8)              # (B,T*H*W,C)
+    sound = tpavi.align(audio).repeat_interleave(20, 1)                        # (B,T*H*W,C)
+    weights = tpavi.theta(video) @ tpavi.phi(sound).transpose(1, 2) / 60       # every pair of pixels
+    y = tpavi.out(weights @ tpavi.g(video)).flatten(0, 1)
+    expected = F.batch_norm(y, tpavi.bn.running_mean.clone(), tpavi.bn.running_var.clone(),
+                            tpavi.bn.weight, tpavi.bn.bias, training)
+    wanted = tpavi.norm(video.flatten(0, 1) + expected).view(6, 4, 5, 8).permute(0, 3, 1, 2)
+    assert (tpavi(x, audio) - wanted).abs().max() < 1e-12
+
+
+def tiny_avs(modality="av", mask_size=20):
+    torch.manual_seed(0)
+    return lavish.AVS(tiny_net(modality=modality), mask_size, 8, (4, 6, 8), (6, 4))
+
+
+@pytest.mark.parametrize("mask_size", [20, 33])
+def test_masks_of_any_size_and_the_first_one_alone(mask_size):
+    model = randomise_head(tiny_avs(mask_size=mask_size)).eval()
+    frames, spectrograms = (x.unflatten(0, (2, 3)) for x in images(6))
+    masks = model(frames, spectrograms)
+    assert masks.shape == (2, 3, mask_size, mask_size)
+    assert torch.allclose(model(frames, spectrograms, first=True), masks[:, :1], atol=1e-4)
+    swapped = model(frames, spectrograms.flip(0))
+    assert (swapped - masks).abs().max() > 1e-3  # what is heard matters
+    mute = tiny_avs("v").eval()
+    assert torch.equal(mute(frames, spectrograms), mute(frames, spectrograms.flip(0)))
+    assert not any("tpavi" in name or "audio" in name for name, _ in mute.named_parameters())
+    with pytest.raises(lavish.InputError, match="no sound-only variant"):
+        tiny_avs("a")
+
+
+def randomise_head(model):
+    for name in ("tpavi", "dilated", "mask"):
+        randomise(getattr(model, name), 2)
+    return model
+
+
+def test_every_part_of_the_mask_decoder_learns():
+    model = tiny_avs().train()
+    frames, spectrograms = (x.unflatten(0, (2, 3)) for x in images(6))
+    for tpavi in model.tpavi:
+        nn.init.ones_(tpavi.bn.weight)
+    model(frames, spectrograms, first=True).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith("net.backbone")
+        assert frozen or parameter.grad is not None, name
+
+
+def naive_f_score(probabilities, masks):
+    """AVSBench's definition, threshold by threshold, over the whole split."""
+    total, frames = np.zeros(255), 0
+    for p, m in zip(probabilities.numpy(), masks.numpy()):
+        if m.sum():
+            frames += 1
+            for k, threshold in enumerate(np.linspace(0, 1 - 1e-10, 255, dtype=np.float32)):
+                found = p >= threshold
+                precision, recall = (found * m).sum() / (found.sum() + 1e-20), (found * m).sum() / m.sum()
+                total[k] += 0 if precision + recall == 0 else 1.3 * precision * recall / (0.3 * precision + recall)
+    return total.max() / frames
+
+
+def test_mask_scores_by_their_definitions():
+    torch.manual_seed(0)
+    logits, masks = torch.randn(5, 12, 12) * 2, (torch.rand(5, 12, 12) > 0.7).float()
+    masks[2] = 0
+    found = logits.sigmoid() > 0.5
+    wanted = [(found[k] & (masks[k] > 0)).sum() / ((found[k] | (masks[k] > 0)).sum() + 1e-7) for k in range(5)]
+    wanted[2] = 1 - found[2].float().mean()  # nothing sounds: the share left empty
+    assert torch.allclose(train.mask_iou(logits, masks), torch.stack(wanted), atol=1e-6)
+    score = train.FScore()
+    for batch in (slice(0, 2), slice(2, 5)):
+        score.update(logits[batch], masks[batch])
+    assert abs(score.compute() - naive_f_score(logits.sigmoid(), masks)) < 1e-5
+
+
+@pytest.fixture
+def avs_root(tmp_path):
+    """One clip per split in AVSBench's layout; the mask is the left half."""
+    root = tmp_path / "AVS data"
+    rows = ["name,start,category,split"] + [f"-{split} 1,0,tabla,{split}" for split in ("train", "val", "test")]
+    for split in ("train", "val", "test"):
+        for kind in ("visual_frames", "gt_masks"):
+            folder = root / "s4_data" / kind / split / "tabla" / f"-{split} 1"
+            folder.mkdir(parents=True)
+            for k in range(1, 6 if kind == "visual_frames" or split != "train" else 2):
+                picture = torch.full((3, 24, 24), 40 * k, dtype=torch.uint8)
+                if kind == "gt_masks":
+                    picture[:, :, :12], picture[:, :, 12:] = 255, 0
+                torchvision.io.write_png(picture, str(folder / f"-{split} 1_{k}.png"))
+        (root / "s4_data/audio_wav" / split / "tabla").mkdir(parents=True)
+        pcm(root / f"s4_data/audio_wav/{split}/tabla/-{split} 1.wav", np.full((80000, 2), 0.1), 2, 16000)
+    (root / "s4_meta_data.csv").write_text("\n".join(rows))
+    return root
+
+
+@pytest.mark.parametrize("stored, on", [((0, 1), True), ((0, 255), True), ((60, 200), True), ((0, 0), False)])
+def test_masks_however_they_are_stored(avs_root, stored, on):
+    path = avs_root / "s4_data/gt_masks/test/tabla/-test 1/-test 1_2.png"
+    grey = torch.full((1, 24, 24), stored[0], dtype=torch.uint8)
+    grey[:, :, :12] = stored[1]
+    torchvision.io.write_png(grey, str(path))
+    frames, spectrograms, masks = data.AVSBench(str(avs_root), "test", 48)[0]
+    assert frames.shape == (5, 3, 48, 48) and spectrograms.shape == (5, 48, 48) and masks.shape == (5, 24, 24)
+    assert (masks[1, :, :12] == on).all() and (masks[1, :, 12:] == 0).all()
+    assert data.AVSBench(str(avs_root), "train", 48)[0][2].shape == (1, 24, 24)
+
+
+@pytest.mark.parametrize("header", ["name,start time,category,split", "split,category,name,x", None, "id,t,class,set"])
+def test_meta_data_by_names_or_places(avs_root, header):
+    path = avs_root / "s4_meta_data.csv"
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    if header and header.startswith("split"):
+        rows = [[split, category, name, "0"] for name, _, category, split in rows]
+    path.write_text("\n".join([header] * bool(header) + [",".join(row) for row in rows]))
+    assert data.AVSBench(str(avs_root), "val", 48).clips == [("-val 1", "tabla")]
+
+
+def test_three_seconds_of_sound_are_padded_and_counted(avs_root):
+    wav = avs_root / "s4_data/audio_wav/test/tabla/-test 1.wav"
+    pcm(wav, np.full((48000, 1), 0.1), 2, 16000)
+    dataset = data.AVSBench(str(avs_root), "test", 48)
+    assert data.check_files(dataset) == [str(wav)]
+    assert torch.equal(dataset[0][1][4], lavish.fbank(torch.zeros(16000), 48))
+
+
 # ---------------------------------------------------------------- wav, jpg, AVE's layout
 
 
@@ -467,7 +599,7 @@ def ave_root(tmp_path):
 
 def test_ave_items(ave_root):
     dataset = data.AVE(str(ave_root), "test", 48)
-    assert dataset.categories == ["Church bell", "Frying (food)"] and dataset.check_files() == []
+    assert dataset.categories == ["Church bell", "Frying (food)"] and data.check_files(dataset) == []
     frames, spectrograms, labels = dataset[0]
     assert frames.shape == (10, 3, 48, 48) and spectrograms.shape == (10, 48, 48)
     assert labels.tolist() == [2, 2, 0, 0, 2, 2, 2, 2, 2, 2] and dataset[1][2].tolist() == [1] * 10
@@ -488,7 +620,7 @@ def test_annotations_without_a_header(ave_root):
 def test_a_short_sound_is_counted_and_padded(ave_root):
     pcm(ave_root / "raw_audio" / "x_1.wav", np.full((160, 1), 0.5), 2, 16000)  # 10 ms
     dataset = data.AVE(str(ave_root), "test", 48)
-    assert dataset.check_files() == ["x_1"]
+    assert data.check_files(dataset) == [str(ave_root / "raw_audio" / "x_1.wav")]
     silence = lavish.fbank(torch.zeros(16000), 48)
     assert torch.equal(dataset[1][1][5], silence) and dataset[1][1].isfinite().all()
 
@@ -511,7 +643,7 @@ def toy(tmp_path_factory):
 def test_toy_clips_need_both_senses(toy):
     for split, clips in (("train", 6), ("val", 3), ("test", 3)):
         dataset = data.AVE(str(toy / "ave"), split, 48)
-        assert len(dataset) == clips and dataset.check_files() == []
+        assert len(dataset) == clips and data.check_files(dataset) == []
     frames, spectrograms, _ = data.AVE(str(toy / "ave"), "train", 48)[0]
     assert frames.isfinite().all() and abs(spectrograms.mean()) < 1 and 0.2 < spectrograms.std() < 1
     dataset = data.AVE(str(toy / "ave"), "train", 48)
@@ -609,8 +741,8 @@ def zero_frames(root):
 @pytest.mark.parametrize("damage, options, fault", [
     (lambda r: r.rename(r.parent / "gone"), (), "no data folder .*AVE data; make a toy one: python data.py"),
     (lambda r: (r / "valSet.txt").unlink(), (), "no .*valSet.txt"),
-    (zero_frames, (), "1 clips lack frames or sound, first .*x_1; for each: ffmpeg"),
-    (lambda r: (r / "raw_audio" / "x_1.wav").unlink(), (), "1 clips lack .* first .*x_1.wav"),
+    (zero_frames, (), "1 of 2 clips lack files, first .*x_1/0001.jpg; for each: ffmpeg"),
+    (lambda r: (r / "raw_audio" / "x_1.wav").unlink(), (), "1 of 2 clips lack .* first .*x_1.wav"),
     (corrupt("raw_audio/x_1.wav", b""), (), "x_1.wav is not a PCM wav .*ends too early.*convert"),
     (corrupt("raw_audio/x_1.wav", b"RIFFnonsense"), (), "x_1.wav is not a PCM wav"),
     (corrupt("video_frames/x_1/00000000.jpg"), (), "00000000.jpg is not a readable image"),
@@ -655,7 +787,7 @@ def test_commands_run_as_a_person_types_them(toy, tmp_path):
     def python(*arguments):
         return subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True)
     table = python("lavish.py")
-    assert table.returncode == 0 and "10.04    10.1    238.83   238.8" in table.stdout
+    assert table.returncode == 0 and "10.04   10.1   238.83  238.8" in table.stdout
     stats = python("data.py", "stats", "ave", str(toy / "ave"), "--size", "64")
     assert stats.returncode == 0 and "kept in" in stats.stdout
     assert set(json.loads((toy / "ave" / "fbank.json").read_text())) == {"48", "64"}

@@ -28,14 +28,19 @@ import lavish
 from data import bar
 from lavish import InputError
 
+PAPER = dict(backbone="large", weights="imagenet", image_size=192, lr_decay=1.0, workers=4)
+TOY = dict(backbone="nano", weights="toy", image_size=48, workers=0)
 RECIPES = {
     # The supplementary's settings. It does not give the epochs; others saw the best one early.
-    ("ave", "real"): dict(backbone="large", weights="imagenet", image_size=192, latents=2,
-                          reduction=8, groups=2, batch_size=2, lr=5e-6, head_lr=4e-6, epochs=20,
-                          workers=4),
+    ("ave", "real"): dict(PAPER, latents=2, reduction=8, groups=2, batch_size=2, lr=5e-6,
+                          head_lr=4e-6, epochs=20),
+    ("avs", "real"): dict(PAPER, latents=16, reduction=4, groups=2, batch_size=4, lr=1e-4,
+                          head_lr=1e-4, channels=256, epochs=20),
     # The same adapters on the toy backbone; a net this small wants larger steps.
-    ("ave", "toy"): dict(backbone="nano", weights="toy", image_size=48, latents=2, reduction=8,
-                         groups=2, batch_size=8, lr=2e-3, head_lr=1e-3, epochs=7, workers=0)}
+    ("ave", "toy"): dict(TOY, latents=2, reduction=8, groups=2, batch_size=8, lr=2e-3,
+                         head_lr=1e-3, lr_decay=0.7, epochs=7),
+    ("avs", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=3e-3,
+                         head_lr=1e-3, lr_decay=0.75, channels=64, epochs=9)}
 
 
 # ---------------------------------------------------------------- AVE
@@ -44,19 +49,12 @@ RECIPES = {
 def train_ave(args):
     """Audio-visual event localisation: settings -> test accuracy over all seconds."""
     start = time.time()
-    os.makedirs(args.out, exist_ok=True)
-    sets = {split: data.AVE(args.data, split, args.image_size, cache=args.cache)
-            for split in ("train", "val", "test")}
-    for split, dataset in sets.items():
-        if short := dataset.check_files():
-            print(f"{len(short)} {split} sounds are under 10 s: silence follows, first {short[0]}")
+    sets, loaders = open_data(args, data.AVE)
     torch.manual_seed(args.seed)
     classes = len(sets["train"].categories) + 1
     model = lavish.AVE(build_net(args), classes).to(args.device)
     optimizer = torch.optim.Adam([{"params": trainable(model.net), "lr": args.lr},
                                   {"params": model.head.parameters(), "lr": args.head_lr}])
-    loaders = {split: make_loader(dataset, args, shuffle=split == "train")
-               for split, dataset in sets.items()}
     best, log = -1.0, []
     for epoch in range(1, args.epochs + 1):
         epoch_start, losses = time.time(), []
@@ -71,15 +69,7 @@ def train_ave(args):
             optimizer.step()
             losses.append(loss.item())
         val = score_ave(model, loaders["val"], args.device)
-        log.append({"epoch": epoch, "loss": float(np.mean(losses)), "val": val,
-                    "seconds": time.time() - epoch_start})
-        print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s"
-              .format(**log[-1]), "  best so far" if val > best else "", flush=True)
-        if val > best:  # chosen on val; the released code chooses on test
-            best = val
-            save_checkpoint(args, model)
-        data.write_atomic(os.path.join(args.out, "log.jsonl"),
-                          "".join(json.dumps(entry) + "\n" for entry in log).encode())
+        best = end_epoch(args, model, optimizer, log, losses, val, best, epoch_start)
     load_checkpoint(args, model)
     test = score_ave(model, loaders["test"], args.device)
     labels = torch.stack([sets["test"].labels(i) for i in range(len(sets["test"]))])
@@ -97,6 +87,112 @@ def score_ave(model, loader, device):
     right = [model(frames.to(device), spectrograms.to(device)).argmax(-1).cpu() == labels
              for frames, spectrograms, labels in bar(loader, "score")]
     return torch.cat(right).float().mean().item()
+
+
+# ---------------------------------------------------------------- AVS
+
+
+def train_avs(args):
+    """Audio-visual segmentation: settings -> mean IoU over all test frames, and the F score."""
+    start = time.time()
+    sets, loaders = open_data(args, data.AVSBench)
+    torch.manual_seed(args.seed)
+    scale = args.channels / 256  # of the whole decoder; 1 as released
+    model = lavish.AVS(build_net(args), sets["train"].mask_size, args.channels,
+                       [int(w * scale) for w in (64, 128, 320, 512)],
+                       [int(w * scale) for w in (128, 32)]).to(args.device)
+    in_net = {id(p) for p in model.net.parameters()}
+    optimizer = torch.optim.Adam([
+        {"params": trainable(model.net), "lr": args.lr},
+        {"params": [p for p in model.parameters() if id(p) not in in_net], "lr": args.head_lr}])
+    best, log = -1.0, []
+    for epoch in range(1, args.epochs + 1):
+        epoch_start, losses = time.time(), []
+        model.train()
+        for frames, spectrograms, masks in bar(loaders["train"], f"epoch {epoch}/{args.epochs}"):
+            # S4 has a mask of the first frame only, so no other one is decoded to the end.
+            logits = model(frames.to(args.device), spectrograms.to(args.device), first=True)
+            loss = F.binary_cross_entropy_with_logits(logits, masks.to(args.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        val, _ = score_avs(model, loaders["val"], args.device)
+        best = end_epoch(args, model, optimizer, log, losses, val, best, epoch_start)
+    load_checkpoint(args, model)
+    test, f_score = score_avs(model, loaders["test"], args.device)
+    picture_avs(model, sets["test"], args)
+    finish(args, model, start, "mean IoU", test,
+           {f"test mean IoU, {len(sets['test'])} clips x 5 frames": test,
+            "test F score (beta^2 = 0.3)": f_score}, f_score=f_score)
+
+
+@torch.no_grad()
+def score_avs(model, loader, device):
+    """(mean IoU over all frames of a split, F score)."""
+    model.eval()
+    ious, f_score = [], FScore()
+    for frames, spectrograms, masks in bar(loader, "score"):
+        logits = model(frames.to(device), spectrograms.to(device)).cpu().flatten(0, 1)
+        ious.append(mask_iou(logits, masks.flatten(0, 1)))
+        f_score.update(logits, masks.flatten(0, 1))
+    return torch.cat(ious).mean().item(), f_score.compute()
+
+
+def mask_iou(logits, masks):
+    """Logits and 0/1 masks (N,H,W) -> IoU of each frame (N,), as AVSBench counts it: an empty
+    mask scores the share of pixels predicted empty."""
+    p, m = logits.flatten(1) > 0, masks.flatten(1) > 0                         # (N,H*W)
+    iou = (p & m).sum(1) / (p | m).sum(1).clamp(min=1)
+    return torch.where(m.any(1), iou, (~p).float().mean(1))
+
+
+class FScore:
+    """(1 + b) P R / (b P + R) with b = 0.3, at the best of 255 thresholds; frames with an empty
+    mask do not count. Averaged over the split and THEN maximised; AVSBench maximises per batch
+    and averages those, so that its score rises as batches get smaller."""
+
+    def __init__(self, beta2=0.3, thresholds=255):
+        self.beta2, self.frames = beta2, 0
+        self.thresholds, self.total = torch.linspace(0, 1, thresholds), torch.zeros(thresholds)
+
+    def update(self, logits, masks):
+        """Logits and 0/1 masks (N,H,W)."""
+        p, m = logits.sigmoid().flatten(1), masks.flatten(1)
+        p, m = p[m.any(1)], m[m.any(1)]                                        # (n,H*W)
+        # One histogram over the thresholds, of the pixels and of those in the mask, then summed
+        # from the top: how many pixels reach each threshold.
+        level = torch.bucketize(p, self.thresholds, right=True)
+        counts = torch.stack([m, torch.ones_like(m)])                          # (2,n,H*W)
+        histogram = torch.zeros(2, len(p), len(self.thresholds) + 1)
+        histogram.scatter_add_(2, level.expand_as(counts), counts)
+        hits, found = histogram.flip(2).cumsum(2).flip(2)[..., 1:]             # (n,thresholds)
+        # With P = hits / found and R = hits / |mask|:
+        f = (1 + self.beta2) * hits / (self.beta2 * m.sum(1, keepdim=True) + found)
+        self.total, self.frames = self.total + f.sum(0), self.frames + len(p)
+
+    def compute(self):
+        return (self.total.max() / max(self.frames, 1)).item()
+
+
+@torch.no_grad()
+def picture_avs(model, dataset, args, clips=6, tile=96):
+    """Test clips as rows of a PNG in --out: frames, spectrograms, true masks, predicted masks."""
+    rows = []
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    for i in range(min(clips, len(dataset))):
+        frames, spectrograms, masks = dataset[i]
+        found = model(frames[None].to(args.device), spectrograms[None].to(args.device))[0].cpu() > 0
+        seen = F.interpolate((frames * std + mean).clamp(0, 1), masks.shape[1:], mode="bilinear")
+        marked = torch.stack([torchvision.utils.draw_segmentation_masks(
+            (frame * 255).byte(), mask, 0.7, "white") for frame, mask in zip(seen, found)]) / 255
+        heard = (0.4 + spectrograms / 3).clamp(0, 1).transpose(1, 2).flip(1)  # time runs right
+        tiles = [seen, heard[:, None].expand(-1, 3, -1, -1), masks[:, None].expand(-1, 3, -1, -1),
+                 marked]
+        rows += [F.interpolate(images, (tile, tile)) for images in tiles]
+    grid = torchvision.utils.make_grid(torch.cat(rows), 4 * dataset.seconds, 4, pad_value=1)
+    data.write_atomic(os.path.join(args.out, "test.png"),
+                      torchvision.io.encode_png((grid * 255).byte()).numpy().tobytes())
 
 
 # ---------------------------------------------------------------- cost
@@ -168,7 +264,7 @@ def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     backbone = lavish.swin_v2("nano").to(device)
-    head = nn.Linear(backbone.dim, 60).to(device)
+    head = nn.Linear(backbone.dims[-1], 60).to(device)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -192,16 +288,36 @@ def trainable(module):
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def make_loader(dataset, args, shuffle):
-    generator = torch.Generator().manual_seed(args.seed)
-    return torch.utils.data.DataLoader(
-        dataset, args.batch_size, shuffle, num_workers=args.workers, generator=generator,
-        persistent_workers=args.workers > 0, pin_memory=args.device != "cpu")
+def open_data(args, kind):
+    """The three splits and their loaders, with every file known to be there."""
+    os.makedirs(args.out, exist_ok=True)
+    sets = {split: kind(args.data, split, args.image_size) for split in ("train", "val", "test")}
+    loaders = {}
+    for split, dataset in sets.items():
+        if short := data.check_files(dataset):
+            print(f"{len(short)} {split} sounds end early: silence follows, first {short[0]}")
+        loaders[split] = torch.utils.data.DataLoader(
+            data.InMemory(dataset) if args.cache else dataset, args.batch_size,
+            shuffle=split == "train", generator=torch.Generator().manual_seed(args.seed),
+            num_workers=args.workers, persistent_workers=args.workers > 0,
+            pin_memory=args.device != "cpu")
+    return sets, loaders
 
 
-def save_checkpoint(args, model):
-    data.save_atomic({"settings": vars(args), "trained": lavish.trained_state_dict(model)},
-                     os.path.join(args.out, "adapters.pt"))
+def end_epoch(args, model, optimizer, log, losses, val, best, start):
+    """Log an epoch, keep the model if it is the best on val, decay. Returns the best val so far."""
+    log.append({"epoch": len(log) + 1, "loss": float(np.mean(losses)), "val": val,
+                "seconds": time.time() - start})
+    print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(**log[-1]),
+          "  best so far" if val > best else "", flush=True)
+    if val > best:  # chosen on val; the released AVE and AVS code choose on test
+        data.save_atomic({"settings": vars(args), "trained": lavish.trained_state_dict(model)},
+                         os.path.join(args.out, "adapters.pt"))
+    data.write_atomic(os.path.join(args.out, "log.jsonl"),
+                      "".join(json.dumps(entry) + "\n" for entry in log).encode())
+    for group in optimizer.param_groups:
+        group["lr"] *= args.lr_decay
+    return max(val, best)
 
 
 def load_checkpoint(args, model):
@@ -251,6 +367,7 @@ def parse(arguments=None):
     option("--data", help="data set folder; toy data if not given, made where absent")
     option("--lr", type=float, help="of the adapters")
     option("--head-lr", type=float, help="of the head")
+    option("--lr-decay", type=float, help="factor on both after each epoch; 1 in the paper")
     option("--epochs", type=int)
     option("--workers", type=int, help="processes that load data")
     option("--cache", action="store_true", help="keep decoded clips in memory; on for toys")
@@ -260,6 +377,8 @@ def parse(arguments=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
     tasks.add_parser("ave", parents=[run], help="audio-visual event localisation")
+    avs = tasks.add_parser("avs", parents=[run], help="audio-visual segmentation")
+    avs.add_argument("--channels", type=int, help="width of the mask decoder")
     measure = tasks.add_parser("bench", parents=[net], help="time and memory on random data")
     measure.add_argument("head", choices=("ave",), help="of which task")
     measure.add_argument("--repeat", type=int, default=3, help="measured steps, after one more")
@@ -287,7 +406,7 @@ def fill(args, recipe):
 def main(arguments=None):
     try:
         args = parse(arguments)
-        {"ave": train_ave, "bench": bench}[args.task](args)
+        {"ave": train_ave, "avs": train_avs, "bench": bench}[args.task](args)
     except InputError as error:
         # From a worker process the message comes with its trace; the last line is ours.
         line = str(error).rstrip().split("\n")[-1].removeprefix("lavish.InputError: ")
