@@ -633,7 +633,7 @@ def toy(tmp_path_factory):
     """A small toy AVE and a random nano in the place of the pretrained one."""
     folder = tmp_path_factory.mktemp("toy data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "TOY_AVE_CLIPS", {"train": 6, "val": 3, "test": 3})
+        patch.setitem(data.TOY_CLIPS, "ave", {"train": 6, "val": 3, "test": 3})
         data.make_toy("ave", str(folder / "ave"))
     torch.manual_seed(0)
     torch.save(lavish.swin_v2("nano").state_dict(), folder / "nano.pt")
@@ -652,7 +652,7 @@ def test_toy_clips_need_both_senses(toy):
 
 
 def test_toy_is_the_same_for_the_same_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TOY_AVE_CLIPS", {"train": 1, "val": 1, "test": 1})
+    monkeypatch.setitem(data.TOY_CLIPS, "ave", {"train": 1, "val": 1, "test": 1})
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         data.make_toy("ave", str(tmp_path / name), seed)
     read = lambda name: [p.read_bytes() for p in sorted((tmp_path / name).rglob("*.*")) if p.suffix != ".json"]
@@ -673,8 +673,8 @@ def test_timbres_and_looks_differ():
 def draw_alone(look):
     shape, colour = look
     image, (mask,) = data.draw([(shape, data.COLOURS[colour], 0.5, 0.5, 0.3)], 48, np.random.default_rng(0))
-    assert 0.05 < mask.mean() < 0.4 and image[:, mask].mean() > 80
-    return image
+    assert 0.05 < mask.float().mean() < 0.4 and image[:, mask].float().mean() > 80
+    return image.numpy()
 
 
 def run(arguments, monkeypatch, folder):

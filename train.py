@@ -36,11 +36,15 @@ RECIPES = {
                           head_lr=4e-6, epochs=20),
     ("avs", "real"): dict(PAPER, latents=16, reduction=4, groups=2, batch_size=4, lr=1e-4,
                           head_lr=1e-4, channels=256, epochs=20),
+    ("avqa", "real"): dict(PAPER, latents=16, reduction=4, groups=2, batch_size=1, lr=8e-5,
+                           head_lr=3e-6, hidden=512, moments=10, epochs=10),
     # The same adapters on the toy backbone; a net this small wants larger steps.
     ("ave", "toy"): dict(TOY, latents=2, reduction=8, groups=2, batch_size=8, lr=2e-3,
                          head_lr=1e-3, lr_decay=0.7, epochs=7),
     ("avs", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=3e-3,
-                         head_lr=1e-3, lr_decay=0.75, channels=64, epochs=9)}
+                         head_lr=1e-3, lr_decay=0.75, channels=64, epochs=9),
+    ("avqa", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=16, lr=2e-3,
+                          head_lr=1e-3, lr_decay=0.8, hidden=128, moments=4, epochs=10)}
 
 
 # ---------------------------------------------------------------- AVE
@@ -53,8 +57,7 @@ def train_ave(args):
     torch.manual_seed(args.seed)
     classes = len(sets["train"].categories) + 1
     model = lavish.AVE(build_net(args), classes).to(args.device)
-    optimizer = torch.optim.Adam([{"params": trainable(model.net), "lr": args.lr},
-                                  {"params": model.head.parameters(), "lr": args.head_lr}])
+    optimizer = make_optimizer(args, model)
     best, log = -1.0, []
     for epoch in range(1, args.epochs + 1):
         epoch_start, losses = time.time(), []
@@ -101,10 +104,7 @@ def train_avs(args):
     model = lavish.AVS(build_net(args), sets["train"].mask_size, args.channels,
                        [int(w * scale) for w in (64, 128, 320, 512)],
                        [int(w * scale) for w in (128, 32)]).to(args.device)
-    in_net = {id(p) for p in model.net.parameters()}
-    optimizer = torch.optim.Adam([
-        {"params": trainable(model.net), "lr": args.lr},
-        {"params": [p for p in model.parameters() if id(p) not in in_net], "lr": args.head_lr}])
+    optimizer = make_optimizer(args, model)
     best, log = -1.0, []
     for epoch in range(1, args.epochs + 1):
         epoch_start, losses = time.time(), []
@@ -193,6 +193,71 @@ def picture_avs(model, dataset, args, clips=6, tile=96):
     grid = torchvision.utils.make_grid(torch.cat(rows), 4 * dataset.seconds, 4, pad_value=1)
     data.write_atomic(os.path.join(args.out, "test.png"),
                       torchvision.io.encode_png((grid * 255).byte()).numpy().tobytes())
+
+
+# ---------------------------------------------------------------- AVQA
+
+
+def train_avqa(args):
+    """Audio-visual question answering: settings -> test accuracy, per type and over all."""
+    start = time.time()
+    sets, loaders = open_data(args, data.MusicAVQA, moments=args.moments)
+    args.vocabulary = sets["train"].vocabulary  # so that the checkpoint holds it
+    torch.manual_seed(args.seed)
+    model = lavish.AVQA(build_net(args), len(args.vocabulary["words"]),
+                        len(args.vocabulary["answers"]), args.hidden).to(args.device)
+    optimizer = make_optimizer(args, model)
+    best, log = -1.0, []
+    for epoch in range(1, args.epochs + 1):
+        epoch_start, losses = time.time(), []
+        model.train()
+        for batch in bar(loaders["train"], f"epoch {epoch}/{args.epochs}"):
+            frames, spectrograms, question, answer, foreign = (x.to(args.device) for x in batch)
+            logits, match = model(frames, spectrograms, question, foreign)
+            loss = F.cross_entropy(logits, answer)
+            if match is not None:  # does this frame go with this sound? 1 for the real half
+                real = torch.arange(len(match), device=args.device) < len(match) // 2
+                loss = loss + 0.5 * F.cross_entropy(match, real.long())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        val = float(np.mean(score_avqa(model, loaders["val"], args.device)))
+        best = end_epoch(args, model, optimizer, log, losses, val, best, epoch_start)
+    load_checkpoint(args, model)
+    right = score_avqa(model, loaders["test"], args.device)
+    table, per_type = {}, {}
+    for modality, kind in sorted({q["type"] for q in sets["test"].questions}):
+        per_type.setdefault(modality, []).append(kind)
+    for modality, kinds in per_type.items():
+        for kind in (*kinds, "average"):
+            chosen = [r for r, q in zip(right, sets["test"].questions)
+                      if q["type"][0] == modality and kind in (q["type"][1], "average")]
+            table[f"{modality} {kind} ({len(chosen)})"] = float(np.mean(chosen))
+    test = float(np.mean(right))
+    finish(args, model, start, "accuracy", test,
+           {**table, f"test accuracy, {len(right)} questions": test,
+            "from the words of the question alone": words_alone(sets)}, per_type=table)
+
+
+@torch.no_grad()
+def score_avqa(model, loader, device):
+    """For each question of a split, whether it is answered rightly."""
+    model.eval()
+    right = [model(*(x.to(device) for x in batch))[0].argmax(-1).cpu() == answer
+             for *batch, answer in bar(loader, "score")]
+    return torch.cat(right).tolist()
+
+
+def words_alone(sets):
+    """Test accuracy of the commonest training answer to the same words, or to any if unknown."""
+    answers = {}
+    for q in sets["train"].questions:
+        for key in (tuple(q["words"]), None):
+            answers.setdefault(key, []).append(q["answer"])
+    guess = {key: max(set(a), key=a.count) for key, a in answers.items()}
+    return float(np.mean([guess.get(tuple(q["words"]), guess[None]) == q["answer"]
+                          for q in sets["test"].questions]))
 
 
 # ---------------------------------------------------------------- cost
@@ -284,14 +349,23 @@ def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
     return path
 
 
+def make_optimizer(args, model):
+    """Adam, with one learning rate for the adapters and one for the head."""
+    in_net = {id(p) for p in model.net.parameters()}
+    head = [p for p in model.parameters() if id(p) not in in_net]
+    return torch.optim.Adam([{"params": trainable(model.net), "lr": args.lr},
+                             {"params": head, "lr": args.head_lr}])
+
+
 def trainable(module):
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def open_data(args, kind):
+def open_data(args, kind, **settings):
     """The three splits and their loaders, with every file known to be there."""
     os.makedirs(args.out, exist_ok=True)
-    sets = {split: kind(args.data, split, args.image_size) for split in ("train", "val", "test")}
+    sets = {split: kind(args.data, split, args.image_size, **settings)
+            for split in ("train", "val", "test")}
     loaders = {}
     for split, dataset in sets.items():
         if short := data.check_files(dataset):
@@ -379,6 +453,9 @@ def parse(arguments=None):
     tasks.add_parser("ave", parents=[run], help="audio-visual event localisation")
     avs = tasks.add_parser("avs", parents=[run], help="audio-visual segmentation")
     avs.add_argument("--channels", type=int, help="width of the mask decoder")
+    avqa = tasks.add_parser("avqa", parents=[run], help="audio-visual question answering")
+    avqa.add_argument("--hidden", type=int, help="width of the head")
+    avqa.add_argument("--moments", type=int, help="seconds taken from a video")
     measure = tasks.add_parser("bench", parents=[net], help="time and memory on random data")
     measure.add_argument("head", choices=("ave",), help="of which task")
     measure.add_argument("--repeat", type=int, default=3, help="measured steps, after one more")
@@ -406,7 +483,7 @@ def fill(args, recipe):
 def main(arguments=None):
     try:
         args = parse(arguments)
-        {"ave": train_ave, "avs": train_avs, "bench": bench}[args.task](args)
+        {"ave": train_ave, "avs": train_avs, "avqa": train_avqa, "bench": bench}[args.task](args)
     except InputError as error:
         # From a worker process the message comes with its trace; the last line is ours.
         line = str(error).rstrip().split("\n")[-1].removeprefix("lavish.InputError: ")
