@@ -6,7 +6,6 @@
 
 TASK is ave, avs or avqa. Read in this order: read_wav and read_frame, AVE, AVSBench, MusicAVQA,
 then the toy world (what its instruments look and sound like) and the toy data sets made from it.
-Nothing here knows the model but for fbank.
 """
 import argparse
 import csv
@@ -125,12 +124,12 @@ def video_files(root, video):
 
 def read_lines(path):
     """The stripped, non-empty lines of a text file."""
-    try:
+    if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            return [line.strip() for line in file if line.strip()]
-    except FileNotFoundError:
-        raise InputError(f"no {path}; a data set folder needs it (see the README for the tree, "
-                         "or make a toy one: python data.py toy ave DIR)") from None
+            lines = [line.strip() for line in file if line.strip()]
+        if lines:
+            return lines
+    raise InputError(f"no {path}, or nothing in it; the README says what a data folder holds")
 
 
 def spectrogram_stats(dataset, root, size):
@@ -325,16 +324,16 @@ class MusicAVQA(torch.utils.data.Dataset):
         root/avqa-train.json avqa-val.json avqa-test.json      the data set's data/json
         root/video_frames/ID/*.jpg, root/raw_audio/ID.wav      as for AVE
 
-    item: frames (T,3,S,S), spectrograms (T,S,S), question (14,) and answer () int64, and in train
-    foreign (T,3,S,S), a frame each of T other videos, drawn by the item's number. T moments lie
-    evenly between the video's first and last second (of its sound), however long it is; frame and
-    sound are of the same second, where the released windows drift by up to 2 s.
+    item: frames (T,3,S,S), spectrograms (T,S,S), question (W,) and answer () int64, and in train
+    foreign (T,3,S,S), frames of other videos, drawn by the item's number. The T moments lie evenly
+    from the first second to the last, however long the video is; frame and sound are of one second.
 
-    vocabulary {"words", "answers"}: from the training questions unless given, in order of
-    appearance, "<pad>" first (93 and 42 in the real data). A checkpoint keeps it.
+    vocabulary: from the training questions unless given. {"words", "answers"} in order of
+    appearance, "<pad>" first (93 and 42 in the real data), and "length", that of the longest
+    question, to which the others are padded (14 in the real data). A checkpoint keeps it.
     """
 
-    task, seconds, remedy, length = "avqa", 1, EXTRACT, 14
+    task, seconds, remedy = "avqa", 1, EXTRACT
 
     def __init__(self, root, split, size, vocabulary=None, moments=10):
         self.root, self.split, self.size, self.moments = root, split, size, moments
@@ -345,10 +344,10 @@ class MusicAVQA(torch.utils.data.Dataset):
         for q in self.questions:
             unknown = ([w for w in q["words"] if w not in self.vocabulary["words"]]
                        + [a for a in [q["answer"]] if a not in self.vocabulary["answers"]]
-                       + q["words"][self.length:])
+                       + q["words"][self.vocabulary["length"]:])
             if unknown:
                 raise InputError(f"question {q['id']} of {split}: {unknown[0]!r} is in no training "
-                                 f"question or past word {self.length}; mend it or drop it")
+                                 "question, or the question is too long; mend or drop it")
         self.videos = list(dict.fromkeys(q["video"] for q in self.questions))
         if split == "train" and len(self.videos) < 2:
             raise InputError(f"{root}: foreign frames need a second video in avqa-train.json")
@@ -368,17 +367,16 @@ class MusicAVQA(torch.utils.data.Dataset):
     def __getitem__(self, i):
         q, (paths, _) = self.questions[i], self.files(i)
         at = np.linspace(0, len(paths) - 1, self.moments).round().astype(int)
-        words, answers = self.vocabulary["words"], self.vocabulary["answers"]
-        question = [words.index(word) for word in q["words"]]
+        words, answers, length = (self.vocabulary[k] for k in ("words", "answers", "length"))
+        question = torch.zeros(length, dtype=torch.long)
+        question[:len(q["words"])] = torch.tensor([words.index(word) for word in q["words"]])
         item = (torch.stack([read_frame(paths[k], self.size) for k in at]),
-                spectrograms_of(self.sound(i), self.size, self.stats),
-                torch.tensor(question + [0] * (self.length - len(question))),
+                spectrograms_of(self.sound(i), self.size, self.stats), question,
                 torch.tensor(answers.index(q["answer"])))
         if self.split != "train":
             return item
-        rng = np.random.default_rng(i)
+        rng, foreign = np.random.default_rng(i), []
         others = [video for video in self.videos if video != q["video"]]
-        foreign = []
         for _ in range(self.moments):
             paths, _ = video_files(self.root, others[rng.integers(len(others))])
             foreign.append(read_frame(paths[rng.integers(len(paths))], self.size))
@@ -388,7 +386,7 @@ class MusicAVQA(torch.utils.data.Dataset):
 def read_questions(path):
     """[{"id", "video", "type" (modality, kind), "words", "answer"}] from one of the json files.
 
-    The data set's own rule: split at spaces, drop the last character (a "?" or a full-width one),
+    The data set's own rule: drop the last character (a "?", or a full-width one), split at spaces,
     put the next template value in place of each word with a "<".
     """
     questions = []
@@ -410,7 +408,8 @@ def read_questions(path):
 
 def make_vocabulary(questions):
     return {"words": ["<pad>", *dict.fromkeys(w for q in questions for w in q["words"])],
-            "answers": list(dict.fromkeys(q["answer"] for q in questions))}
+            "answers": list(dict.fromkeys(q["answer"] for q in questions)),
+            "length": max(len(q["words"]) for q in questions)}
 
 
 # ---------------------------------------------------------------- the toy world
@@ -650,17 +649,17 @@ def toy_avs(root, rng):
 def toy_avqa(root, rng):
     """The MUSIC-AVQA layout. A shape has a timbre as ever, but its colour is another in each video.
 
-    A video of 4 to 7 seconds shows two instruments, of which one plays, or both in turn; or it
-    shows one, which plays, or another one does out of sight. Worked example: a red bell and a cyan
-    drum, the bell is heard. "Is the cyan one sounding?" takes the eye to know that the cyan one is
-    a drum and the ear to know that no drum is there. Every template has each of its answers about
+    A video of 3 to 6 seconds shows two instruments, of which one plays, or one after the other; or
+    it shows one, which plays, or another one does out of sight. Worked example: a red bell, a cyan
+    drum, and the bell is heard. "Is the cyan one sounding?" takes the eye to know that the cyan
+    one is a drum and the ear to know that no drum is there. Each template has its answers about
     equally often, so that the words of a question are of little help.
     """
     names, questions = list(INSTRUMENTS), {split: [] for split in TOY_CLIPS["avqa"]}
     os.makedirs(os.path.join(root, "raw_audio"))
     for split, count in TOY_CLIPS["avqa"].items():
         for i in bar(range(count), f"toy avqa {split}"):
-            video, seconds = f"{'-' if i % 4 == 0 else ''}{split}{i:04d}", rng.integers(4, 8)
+            video, seconds = f"{'-' if i % 4 == 0 else ''}{split}{i:04d}", rng.integers(3, 7)
             shapes = [names[k] for k in rng.permutation(6)]
             colours = [list(COLOURS)[k] for k in rng.permutation(6)]
             seen, plain = shapes[:1 if i % 3 == 0 else 2], rng.uniform() < 0.5
@@ -670,8 +669,9 @@ def toy_avqa(root, rng):
                 scene = [(look[0], COLOURS[c], *look[2:]) for look, c in zip(scene, colours)]
                 image, _ = draw(scene, TOY_SIZE, rng)
                 torchvision.io.write_jpeg(image, os.path.join(folder, f"{k + 1:06d}.jpg"), 95)
-            sound = np.concatenate([rng.uniform(0.05, 0.2) * play(heard[k % len(heard)], 1, rng)
-                                    for k in range(seconds)])
+            sound = np.concatenate([
+                rng.uniform(0.05, 0.2) * play(heard[k * len(heard) // seconds], 1, rng)
+                for k in range(seconds)])
             write_wav(sound + 0.03 * rng.standard_normal(len(sound)),
                       os.path.join(root, "raw_audio", video + ".wav"))
             number, solo, pair = ("one", "two"), len(heard) == 1, len(seen) == 2
@@ -741,7 +741,7 @@ def main():
         else:
             mean, std = stats(args.task, args.root, args.size)
             print(f"mean {mean:.6f}  std {std:.6f}  (kept in {args.root}/fbank.json)")
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -40,11 +40,11 @@ RECIPES = {
                            head_lr=3e-6, hidden=512, moments=10, epochs=10),
     # The same adapters on the toy backbone; a net this small wants larger steps.
     ("ave", "toy"): dict(TOY, latents=2, reduction=8, groups=2, batch_size=8, lr=2e-3,
-                         head_lr=1e-3, lr_decay=0.7, epochs=7),
+                         head_lr=1e-3, lr_decay=1.0, epochs=7),
     ("avs", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=3e-3,
                          head_lr=1e-3, lr_decay=0.75, channels=64, epochs=9),
-    ("avqa", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=16, lr=2e-3,
-                          head_lr=1e-3, lr_decay=0.8, hidden=128, moments=4, epochs=10)}
+    ("avqa", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=2e-3,
+                          head_lr=2e-3, lr_decay=0.85, hidden=128, moments=3, epochs=10)}
 
 
 # ---------------------------------------------------------------- AVE
@@ -264,42 +264,78 @@ def words_alone(sets):
 
 
 def bench(args):
-    """Time and memory of one batch of random data, in training and evaluation, at any size."""
+    """Time and memory of one batch of random data at any size, in training and evaluation."""
     torch.manual_seed(args.seed)
-    model = lavish.AVE(build_net(args)).to(args.device)
-    optimizer = torch.optim.Adam(trainable(model), args.lr)
-    B, T, S = args.batch_size, data.AVE.seconds, model.net.backbone.image_size
+    net, T = build_net(args), {"ave": 10, "avs": 5, "avqa": 10}[args.head]
+    model = {"ave": lavish.AVE, "avs": lavish.AVS, "avqa": lavish.AVQA}[args.head](net)
+    model = model.to(args.device)
+    optimizer = make_optimizer(args, model)
+    B, S = args.batch_size, net.backbone.image_size
     frames = torch.randn(B, T, 3, S, S, device=args.device)
     spectrograms = torch.randn(B, T, S, S, device=args.device)
-    labels = torch.randint(29, (B * T,), device=args.device)
+    more = {"ave": (), "avs": (True,),  # the loss of S4 is on the first frame alone
+            "avqa": (torch.ones(B, 14, dtype=torch.long, device=args.device), frames)}[args.head]
 
     def train_step():
+        outputs = model(frames, spectrograms, *more)
+        outputs = outputs if args.head == "avqa" else [outputs]
         optimizer.zero_grad()
-        F.cross_entropy(model(frames, spectrograms).flatten(0, 1), labels).backward()
+        sum(output.square().mean() for output in outputs if output is not None).backward()
         optimizer.step()
 
     @torch.no_grad()
     def evaluation():
-        model(frames, spectrograms)
+        model(frames, spectrograms, *more[:1] if args.head == "avqa" else ())
 
-    print(f"{args.backbone}, {S} px, {B} x {T} s, {args.latents} latents, fp32, {args.device}, "
-          f"{torch.get_num_threads()} threads")
-    for name, step in (("training step", train_step), ("evaluation", evaluation)):
-        model.train(step is train_step)
-        seconds = []
-        for _ in range(args.repeat + 1):  # the first one warms up
-            start = time.perf_counter()
-            step()
-            if args.device != "cpu":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        seconds = sorted(seconds[1:])
-        if args.device == "cpu":  # of the whole process; in kilobytes on Linux
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        else:
-            peak = torch.cuda.max_memory_allocated()
-        print(f"{name:14} {np.median(seconds):8.3f} s  ({seconds[0]:.3f} to {seconds[-1]:.3f})"
-              f"   peak memory {peak / 1e9:.1f} GB")
+    print(f"{args.head}, {args.backbone}, {S} px, {B} x {T} s, {args.latents} latents, fp32, "
+          f"{args.device}, {torch.get_num_threads()} threads")
+    model.train()
+    timed("training step", train_step, args)
+    model.eval()
+    timed("evaluation", evaluation, args)
+    if args.head == "avs":
+        bench_tpavi(args)
+
+
+@torch.no_grad()
+def bench_tpavi(args):
+    """TPAVI on a clip at AVSBench's largest map, in its two orders of the product."""
+    tpavi = lavish.TPAVI(256).to(args.device).eval()
+    nn.init.ones_(tpavi.bn.weight)  # its 0 at the start would hide the sound
+    x = torch.randn(5, 256, 56, 56, device=args.device)
+    audio = torch.randn(1, 5, 128, device=args.device)
+
+    def quadratic():  # every pixel of the clip against every other one, as published
+        video = x.movedim(1, -1).reshape(1, -1, 256)                           # (1,15680,256)
+        sound = tpavi.align(audio).repeat_interleave(56 * 56, 1)               # (1,15680,256)
+        weights = tpavi.theta(video) @ tpavi.phi(sound).transpose(1, 2) / video.shape[1]
+        y = tpavi.bn(tpavi.out(weights @ tpavi.g(video)).flatten(0, 1))
+        return tpavi.norm(video[0] + y).view(5, 56, 56, 256).movedim(-1, 1)
+
+    print("TPAVI at 5 x 56 x 56 pixels, 256 channels")
+    linear = timed("linear", lambda: tpavi(x, audio), args)
+    ratio = timed("quadratic", quadratic, args) / linear
+    print(f"{ratio:.0f} times as fast, largest difference "
+          f"{(tpavi(x, audio) - quadratic()).abs().max():.0e}")
+
+
+def timed(name, step, args):
+    """Print the time of a step over --repeat runs and the memory; returns the median in s."""
+    seconds = []
+    for _ in range(args.repeat + 1):  # the first one warms up
+        start = time.perf_counter()
+        step()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    seconds = sorted(seconds[1:])
+    if args.device == "cpu":  # of the whole process so far; in kilobytes on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        peak = torch.cuda.max_memory_allocated()
+    print(f"{name:14} {np.median(seconds):8.3f} s  ({seconds[0]:.3f} to {seconds[-1]:.3f})"
+          f"   peak memory {peak / 1e9:.1f} GB", flush=True)
+    return np.median(seconds)
 
 
 # ---------------------------------------------------------------- what the loops share
@@ -425,15 +461,15 @@ def parse(arguments=None):
     option = net.add_argument
     option("--backbone", help=", ".join(lavish.SWIN_V2))
     option("--weights", help="imagenet, none, toy (nano on toy images), or a checkpoint's path")
-    option("--image-size", type=int, help="pixels a side, of frames and spectrograms")
-    option("--latents", type=int, help="latent tokens per adapter")
-    option("--reduction", type=int, help="width of a stage over width of its bottleneck")
-    option("--groups", type=int, help="groups of the bottleneck's convolutions")
+    option("--image-size", type=positive, help="pixels a side, of frames and spectrograms")
+    option("--latents", type=positive, help="latent tokens per adapter")
+    option("--reduction", type=positive, help="width of a stage over width of its bottleneck")
+    option("--groups", type=positive, help="groups of the bottleneck's convolutions")
     option("--modality", choices=("av", "v", "a"), default="av",
            help="v or a: the other stream is out, adapters and all")
     option("--drop-path", type=float, default=0.0,
            help="stochastic depth of the frozen backbone (0.1 in the released code)")
-    option("--batch-size", type=int, help="clips in a step")
+    option("--batch-size", type=positive, help="clips in a step")
     option("--seed", type=int, default=0)
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = argparse.ArgumentParser(add_help=False, parents=[net])  # and how it is trained
@@ -442,7 +478,7 @@ def parse(arguments=None):
     option("--lr", type=float, help="of the adapters")
     option("--head-lr", type=float, help="of the head")
     option("--lr-decay", type=float, help="factor on both after each epoch; 1 in the paper")
-    option("--epochs", type=int)
+    option("--epochs", type=positive)
     option("--workers", type=int, help="processes that load data")
     option("--cache", action="store_true", help="keep decoded clips in memory; on for toys")
     option("--out", help="folder for the results")
@@ -452,13 +488,13 @@ def parse(arguments=None):
     tasks = parser.add_subparsers(dest="task", required=True)
     tasks.add_parser("ave", parents=[run], help="audio-visual event localisation")
     avs = tasks.add_parser("avs", parents=[run], help="audio-visual segmentation")
-    avs.add_argument("--channels", type=int, help="width of the mask decoder")
+    avs.add_argument("--channels", type=positive, help="width of the mask decoder")
     avqa = tasks.add_parser("avqa", parents=[run], help="audio-visual question answering")
-    avqa.add_argument("--hidden", type=int, help="width of the head")
-    avqa.add_argument("--moments", type=int, help="seconds taken from a video")
+    avqa.add_argument("--hidden", type=positive, help="width of the head")
+    avqa.add_argument("--moments", type=positive, help="seconds taken from a video")
     measure = tasks.add_parser("bench", parents=[net], help="time and memory on random data")
-    measure.add_argument("head", choices=("ave",), help="of which task")
-    measure.add_argument("--repeat", type=int, default=3, help="measured steps, after one more")
+    measure.add_argument("head", choices=("ave", "avs", "avqa"), help="of which task")
+    measure.add_argument("--repeat", type=positive, default=3, help="measured steps")
     args = parser.parse_args(arguments)
     if args.task == "bench":
         return fill(args, {**RECIPES[args.head, "real"], "weights": "none", "batch_size": 1})
@@ -473,6 +509,13 @@ def parse(arguments=None):
     return fill(args, RECIPES[args.task, "toy" if toy else "real"])
 
 
+def positive(text):
+    """An argparse type; the message names it."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def fill(args, recipe):
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
@@ -483,8 +526,10 @@ def fill(args, recipe):
 def main(arguments=None):
     try:
         args = parse(arguments)
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError("--device cuda: torch sees no GPU here; leave the option out")
         {"ave": train_ave, "avs": train_avs, "avqa": train_avqa, "bench": bench}[args.task](args)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder that is read-only
         # From a worker process the message comes with its trace; the last line is ours.
         line = str(error).rstrip().split("\n")[-1].removeprefix("lavish.InputError: ")
         print(f"train.py: {line}", file=sys.stderr)
