@@ -506,8 +506,8 @@ def toy_images(count, size, rng):
             period = (3.5, 6, 11)[label % 3] * rng.uniform(0.85, 1.15)
             along = np.cos(angle) * grid + np.sin(angle) * grid[:, None]
             stripes = np.sin(2 * np.pi * (along / period + rng.uniform()))
-            image = draw([], size, rng)[0] + stripes * rng.uniform(-90, 90, (3, 1, 1))
-            images.append(image.clamp(0, 255).byte())
+            image = draw([], size, rng)[0].numpy() + stripes * rng.uniform(-90, 90, (3, 1, 1))
+            images.append(torch.from_numpy(np.clip(image, 0, 255).astype(np.uint8)))
     return torch.stack(images), torch.from_numpy(labels)
 
 

@@ -112,8 +112,7 @@ class WindowAttention(nn.Module):
         x = x.view(B, self.side, self.side, C)
         x = x.roll((-self.shift, -self.shift), (1, 2)) if self.shift else x
         x = to_windows(x, self.window)                                          # (B,W,n,C)
-        W, n = x.shape[1:3]
-        qkv = F.linear(x, self.qkv.weight, self.qkv.bias * self.bias_mask)
+        qkv, (W, n) = F.linear(x, self.qkv.weight, self.qkv.bias * self.bias_mask), x.shape[1:3]
         q, k, v = qkv.view(B, W, n, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)  # (B,W,heads,n,C')
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
         scores = scale * (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1))
@@ -249,9 +248,10 @@ class SwinV2(nn.Module):
         self.features = nn.ModuleList(features)
         self.norm = nn.LayerNorm(self.dims[-1])
         self.stages = list(zip(features[1::2], [*features[2::2], nn.Identity()]))
-        for parameter in self.parameters():
-            if parameter.dim() == 2:  # the linear layers
-                nn.init.trunc_normal_(parameter, std=0.02)
+        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
     def embed(self, images):
         return self.features[0](images).flatten(1, 2)                          # (B,(S/4)^2,d)
