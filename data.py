@@ -347,7 +347,7 @@ class MusicAVQA(torch.utils.data.Dataset):
                        + q["words"][self.vocabulary["length"]:])
             if unknown:
                 raise InputError(f"question {q['id']} of {split}: {unknown[0]!r} is in no training "
-                                 "question, or the question is too long; mend or drop it")
+                                 "question or answer, or the question is too long; mend it")
         self.videos = list(dict.fromkeys(q["video"] for q in self.questions))
         if split == "train" and len(self.videos) < 2:
             raise InputError(f"{root}: foreign frames need a second video in avqa-train.json")

@@ -68,8 +68,7 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
         dither=0.0)  # (188, 192) at size 192
     # AST's convention: half a standard deviation. Padding comes after it, so that the missing last
     # rows (the last window must end within the second) hold the mean level, not silence.
-    image = (image - mean) / (2 * std)
-    return F.pad(image, (0, 0, 0, size - image.shape[0]))
+    return F.pad((image - mean) / (2 * std), (0, 0, 0, size - image.shape[0]))
 
 
 # ---------------------------------------------------------------- the frozen backbone: Swin-V2

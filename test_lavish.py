@@ -652,17 +652,17 @@ def test_train_ave_writes_what_it_promises(toy, tmp_path, monkeypatch, capsys):
             "total_parameters", "settings", "versions"} <= set(first)
     assert first["test"] == again["test"] and 0 <= first["test"] <= 1
     log = [json.loads(line) for line in Path("first run/log.jsonl").read_text().splitlines()]
-    assert [entry["epoch"] for entry in log] == [1, 2] and log[1]["loss"] < log[0]["loss"]
+    assert [entry["epoch"] for entry in log] == [1, 2] and 0.8 > log[0]["loss"] > log[1]["loss"]
     assert {p.name for p in Path("again").iterdir()} == {"adapters.pt", "log.jsonl", "result.json"}
     saved = torch.load("again/adapters.pt", weights_only=True)
     assert saved["settings"]["epochs"] == 2 and not any("backbone" in k for k in saved["trained"])
 
 
-@pytest.mark.parametrize("task, more, key", [("avs", "test.png", "f_score"),
-                                             ("avqa", "log.jsonl", "per_type")])
-def test_train_avs_and_avqa_on_a_small_toy(toy, tmp_path, monkeypatch, capsys, task, more, key):
+@pytest.mark.parametrize("task, clips, more, key", [("avs", 4, "test.png", "f_score"),
+                                                    ("avqa", 90, "log.jsonl", "per_type")])
+def test_small_toy_runs(toy, tmp_path, monkeypatch, capsys, task, clips, more, key):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(data.TOY_CLIPS, task, {"train": 40, "val": 2, "test": 3})
+    monkeypatch.setitem(data.TOY_CLIPS, task, {"train": clips, "val": 2, "test": 3})
     for name, seed in ((task, 0), ("again", 0), ("other", 1)):
         data.make_toy(task, name, seed)
     read = lambda root: [path.read_bytes() for path in sorted(Path(root).rglob("*.wav"))]
