@@ -355,6 +355,7 @@ def build_net(args):
         raise InputError(f"--reduction and --groups do not fit {args.backbone}: {error}") from None
 
 
+@torch.random.fork_rng()  # a run that finds it done starts from the same random state
 def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
     """What ImageNet is to the paper's backbone: the nano Swin-V2 learns 60 kinds of toy IMAGES.
 
