@@ -29,6 +29,7 @@ Read in this order, which is the order in which data flows: fbank, SwinV2, Lavis
 then the task you want: AVE, AVS or AVQA. The end has the two verbs people copy, and
 `python lavish.py` prints the parameter counts.
 """
+import contextlib
 import math
 import re
 
@@ -37,6 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
 import torchvision
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -99,10 +101,10 @@ class WindowAttention(nn.Module):
                                      nn.Linear(512, heads, bias=False))
         # Keys have no bias: under the cosine it would not cancel, and neither Microsoft nor
         # torchvision (which stores one, then zeroes it) uses it.
-        for name, table in (("bias_mask", torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim)),
-                            ("offsets", log_offsets(window, pretrained_window)),
-                            ("index", offset_index(window)),
-                            ("mask", shift_mask(side, window, shift))):
+        bias_mask = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim)
+        for name, table in dict(bias_mask=bias_mask, mask=shift_mask(side, window, shift),
+                                offsets=log_offsets(window, pretrained_window),
+                                index=offset_index(window)).items():
             self.register_buffer(name, table, persistent=False)
         self._bias, self._bias_of = None, None
 
@@ -112,17 +114,18 @@ class WindowAttention(nn.Module):
         x = x.roll((-self.shift, -self.shift), (1, 2)) if self.shift else x
         x = to_windows(x, self.window)                                          # (B,W,n,C)
         qkv, (W, n) = F.linear(x, self.qkv.weight, self.qkv.bias * self.bias_mask), x.shape[1:3]
-        q, k, v = qkv.view(B, W, n, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)  # (B,W,heads,n,C')
-        scale = self.logit_scale.clamp(max=math.log(100)).exp()
-        scores = scale * (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1))
-        x = (scores + self.bias()).softmax(-1) @ v                              # (B,W,heads,n,C')
+        # To the product, every window is `heads` heads more: fused kernels take four dimensions.
+        qkv = qkv.view(B, W, n, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
+        (q, k), v = F.normalize(qkv[:2], dim=-1), qkv[2]                        # (B,W*heads,n,C')
+        q = q * self.logit_scale.clamp(max=math.log(100)).exp().repeat(W, 1, 1).to(q.dtype)
+        x = attend(q, k, v, self.bias().to(q.dtype)).unflatten(1, (W, self.heads))
         x = self.proj(x.transpose(2, 3).reshape(B, W, n, C))
         x = from_windows(x, self.window, self.side)                             # (B,side,side,C)
         x = x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
         return x.reshape(B, N, C)
 
     def bias(self):
-        """Position bias plus shift mask, (W or 1, heads, n, n).
+        """Position bias plus shift mask, (1, W*heads, n, n).
 
         A constant of a frozen backbone, so it is kept until its parameters change (by identity
         and version); a backbone in training gets it computed, with gradient, in each call.
@@ -132,13 +135,22 @@ class WindowAttention(nn.Module):
             return self.compute_bias()
         now = [(p.data_ptr(), p._version) for p in parameters]
         if self._bias_of != now:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self.offsets.device.type, enabled=False):
                 self._bias, self._bias_of = self.compute_bias(), now
         return self._bias
 
     def compute_bias(self):
         table = 16 * torch.sigmoid(self.cpb_mlp(self.offsets))                 # ((2w-1)^2,heads)
-        return table[self.index].permute(2, 0, 1) + self.mask[:, None]          # (W,heads,n,n)
+        bias = table[self.index].permute(2, 0, 1) + self.mask[:, None]         # (W,heads,n,n)
+        return bias.flatten(0, 1)[None]
+
+
+def attend(q, k, v, bias):
+    """softmax(q k^T + bias) v. Training on a CPU takes the plain product, because the backward pass
+    of the fused one is no faster there in fp32 and four times slower in bf16."""
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        return (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
 
 
 def to_windows(x, window):
@@ -178,8 +190,7 @@ def shift_mask(side, window, shift):
     region = (p >= side - window).int() + (p >= side - shift).int() if shift else 0 * p
     region = (3 * region[:, None] + region)[None, :, :, None]                  # (1,side,side,1)
     region = to_windows(region, window)[0, :, :, 0]                            # (W,n)
-    mask = -100.0 * (region[:, :, None] != region[:, None])
-    return mask if shift else mask[:1]
+    return -100.0 * (region[:, :, None] != region[:, None])
 
 
 class SwinBlock(nn.Module):
@@ -268,8 +279,7 @@ class SwinV2(nn.Module):
 
 def stage_sides(image_size, stages, window):
     """Token rows of each stage, [S/4, S/8, ...]; refuses sizes that no windows can tile."""
-    def sides(size):
-        return [size // (4 << i) for i in range(stages)]
+    sides = lambda size: [size // (4 << i) for i in range(stages)]
     sizes = [size for size in range(16, 1025, 16) if size % (2 << stages) == 0
              and all(side <= window or side % window == 0 for side in sides(size))]
     if image_size not in sizes:
@@ -278,56 +288,29 @@ def stage_sides(image_size, stages, window):
     return sides(image_size)
 
 
-TORCHVISION_URL = "https://download.pytorch.org/models/swin_v2_{}.pth"
-MICROSOFT_URL = ("https://github.com/SwinTransformer/storage/releases/download/v2.0.0/"
-                 "swinv2_{}_patch4_window12_192_22k.pth")
-SWIN_V2 = {  # name: (embed_dim, depths, heads, window, pretraining image size, ImageNet weights)
-    "nano": (32, (2, 2, 2), (2, 4, 8), 6, 48, None),  # the toy
-    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 8, 256, TORCHVISION_URL.format("t-b137f0e2")),
-    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 8, 256, TORCHVISION_URL.format("s-637d8ceb")),
-    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 8, 256, TORCHVISION_URL.format("b-781e5279")),
-    "base12": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 192, MICROSOFT_URL.format("base")),
-    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 192, MICROSOFT_URL.format("large")),  # paper
-}
+SWIN_V2 = {  # name: (embed_dim, depths, heads, window, pretraining image size)
+    "nano": (32, (2, 2, 2), (2, 4, 8), 6, 48),  # the toy's
+    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 8, 256),  # three of torchvision
+    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 8, 256),
+    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 8, 256),
+    "base12": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 192),  # two of Microsoft
+    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 192)}  # the paper's
 
 
 def swin_v2(name, image_size=None, weights=None):
     """A Swin-V2 by name (the keys of SWIN_V2), at its pretraining image size unless told.
 
-    weights: None (random), "imagenet" (the published ones; downloaded once), or the path of a
-    state dict: torchvision's, Microsoft's swinv2_*.pth, or one saved from here.
+    weights: a state dict, torchvision's, Microsoft's or timm's; random without. `load_weights` in
+    train.py fetches the published ones.
     """
     if name not in SWIN_V2:
         raise InputError(f"unknown backbone {name!r}; there are {', '.join(SWIN_V2)}")
-    embed_dim, depths, heads, window, native, url = SWIN_V2[name]
-    state = weights and (download(name, url) if weights == "imagenet" else load_file(weights))
+    embed_dim, depths, heads, window, native = SWIN_V2[name]
     windows = [min(window, side) for side in stage_sides(native, len(depths), window)]
     backbone = SwinV2(embed_dim, depths, heads, window, image_size or native, windows)
-    if state:
-        load_swin_weights(backbone, state)
+    if weights:
+        load_swin_weights(backbone, weights)
     return backbone
-
-
-def download(name, url):
-    """The state dict behind the url, kept in torch.hub's folder and taken from there next time."""
-    if url is None:
-        raise InputError(f"no ImageNet weights exist for {name!r}; give a path, or train it")
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except OSError as error:  # urllib's URLError is one
-        raise InputError(f"cannot download the weights ({error}); fetch {url} elsewhere and put "
-                         f"it into {torch.hub.get_dir()}/checkpoints") from None
-
-
-def load_file(path):
-    """torch.load for tensors alone: a file from a stranger cannot run code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no weights at {path}; check the path, or give 'imagenet'") from None
-    except Exception as error:  # what torch raises for a file that is none is not documented
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
 
 
 def load_swin_weights(backbone, state_dict):
@@ -403,14 +386,22 @@ class LavishAdapter(nn.Module):
             summary = self.latents + scores.softmax(-1) @ other            # (B,m,dim)
             # fuse: x' = x + g_av softmax(x S^T) S
             scores = x @ summary.transpose(1, 2)                           # (B,N,m)
-            x = x + self.gate_av * (scores.softmax(-1) @ summary)          # (B,N,dim)
+            gate_av = self.gate_av.to(x.dtype)  # in bf16, tokens stay so
+            x = x + scores.softmax(-1) @ (gate_av * summary)               # (B,N,dim)
         # bottleneck: LN(BN(up(relu(BN(down(LN(x')))))))
-        z = self.norm_in(x).transpose(1, 2)                                # (B,dim,N)
-        z = F.relu(self.bn_down(self.down(z)))                             # (B,dim/r,N)
-        z = self.bn_up(self.up(z)).transpose(1, 2)                         # (B,N,dim)
+        z = self.norm_in(x).flatten(0, 1)                                  # (B*N,dim)
+        z = F.relu(self.bn_down(self.convolve(z, self.down)))              # (B*N,dim/r)
+        z = self.bn_up(self.convolve(z, self.up)).view(x.shape)            # (B,N,dim)
         # gate: g = 0 at the start, so that the network is exactly the frozen one. It comes after
         # the norm, which would cancel it (the released AVS code has it before).
-        return self.gate * self.norm_out(z)
+        return self.gate.to(x.dtype) * self.norm_out(z)
+
+    @staticmethod
+    def convolve(z, conv):
+        """A grouped 1x1 convolution with the tokens as rows: one small matrix per group, and none
+        of the transposes that nn.Conv1d would want on both sides."""
+        z, weight = z.unflatten(1, (conv.groups, -1)), conv.weight.unflatten(0, (conv.groups, -1))
+        return torch.einsum("ngi,goi->ngo", z, weight.squeeze(-1)).flatten(1)
 
 
 # ---------------------------------------------------------------- two streams, one frozen backbone
@@ -428,20 +419,22 @@ class Lavish(nn.Module):
     features, and the cross-modal part of the other one's adapters.
     drop_path: stochastic depth of the frozen branches in training, rising linearly over the blocks.
     The released code trains with timm's default of 0.1, stated nowhere in the paper.
+    checkpoint_activations: keep only what enters a block, and compute the block again in the
+    backward pass: the same gradients in a fraction of the memory, for a third more time.
     """
 
-    def __init__(self, backbone, latents=2, reduction=8, groups=2, modality="av", drop_path=0.0):
+    def __init__(self, backbone, latents=2, reduction=8, groups=2, modality="av", drop_path=0.0,
+                 checkpoint_activations=False):
         super().__init__()
+        self.checkpoint_activations = checkpoint_activations
         self.backbone = backbone.requires_grad_(False)
         self.streams = {"av": ("visual", "audio"), "v": ("visual",), "a": ("audio",)}[modality]
         blocks = [block for blocks, _ in backbone.stages for block in blocks]
-        def per_stream(dim):
-            m = latents if modality == "av" else 0  # nothing to read from without the other one
-            return nn.ModuleDict({stream: LavishAdapter(dim, m, reduction, groups)
-                                  for stream in self.streams})
+        m = latents if modality == "av" else 0  # nothing to read from without the other one
         # [block][branch][stream]: with both streams and a Swin's two branches, four per block.
-        self.adapters = nn.ModuleList(
-            nn.ModuleList(per_stream(block.dim) for _ in block.branches()) for block in blocks)
+        self.adapters = nn.ModuleList(nn.ModuleList(nn.ModuleDict(
+            {stream: LavishAdapter(block.dim, m, reduction, groups) for stream in self.streams})
+            for _ in block.branches()) for block in blocks)
         self.drop_rates = [drop_path * i / max(len(blocks) - 1, 1) for i in range(len(blocks))]
 
     def train(self, mode=True):
@@ -456,26 +449,45 @@ class Lavish(nn.Module):
         per_block, stages = iter(zip(self.adapters, self.drop_rates)), []
         for blocks, merge in self.backbone.stages:
             for block in blocks:
-                adapters, drop = next(per_block)
-                for branch, adapter in zip(block.branches(), adapters):
-                    # Y = X + MSA(X) + LAV(X), Z = Y + MLP(Y) + LAV(Y)
-                    frozen = torchvision.ops.stochastic_depth(branch(x), drop, "row", self.training)
-                    x = x + frozen + self.adapt(x, adapter)
+                arguments = x, block, *next(per_block)
+                x = (checkpoint(self.update, *arguments, use_reentrant=False, context_fn=lambda: (
+                        contextlib.nullcontext(), unseen(arguments[2])))
+                     if self.checkpoint_activations and self.training else self.update(*arguments))
             stages.append(x)
             x = merge(x)
         stages[-1] = self.backbone.norm(x)
         tokens = dict(zip(self.streams, zip(*(stage.chunk(len(self.streams)) for stage in stages))))
         return tokens.get("visual"), tokens.get("audio")
 
-    def adapt(self, x, adapter):
-        """LAV(X_v <- X_a) and LAV(X_a <- X_v), both from what neither has changed yet."""
-        if len(self.streams) == 1:
-            return adapter[self.streams[0]](x)
-        v, a = x.chunk(2)                                                      # (B,N,d) each
-        return torch.cat([adapter["visual"](v, a), adapter["audio"](a, v)])    # (2B,N,d)
+    def update(self, x, block, adapters, drop):
+        """Y = X + MSA(X) + LAV(X), then Z = Y + MLP(Y) + LAV(Y), for both streams X."""
+        for branch, lav in zip(block.branches(), adapters):
+            frozen = torchvision.ops.stochastic_depth(branch(x), drop, "row", self.training)
+            if len(self.streams) == 1:
+                x = x + frozen + lav[self.streams[0]](x)
+            else:  # LAV(X_v <- X_a) and LAV(X_a <- X_v), both from what neither has changed yet
+                v, a = x.chunk(2)                                              # (B,N,d) each
+                x = x + frozen + torch.cat([lav["visual"](v, a), lav["audio"](a, v)])
+        return x
+
+
+@contextlib.contextmanager
+def unseen(module):
+    """Batch norms use a batch's statistics without adding them to the running ones: when a block
+    is computed again for its backward pass, it has been counted already."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 # ---------------------------------------------------------------- the three tasks' heads
+#
+# Logits are float32 under autocast too, for the losses.
 
 
 class AVE(nn.Module):
@@ -495,7 +507,7 @@ class AVE(nn.Module):
         B, T = frames.shape[:2]
         streams = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
         pooled = [tokens[-1].mean(1) for tokens in streams if tokens]          # (B*T,d) each
-        return self.head(torch.cat(pooled, -1)).view(B, T, -1)
+        return self.head(torch.cat(pooled, -1)).view(B, T, -1).float()
 
 
 class TPAVI(nn.Module):
@@ -586,7 +598,7 @@ class AVS(nn.Module):
             maps.append(F.interpolate(x, size, mode="bicubic"))                # (B*T,w,size,size)
         if audio:
             audio = self.audio(audio[-1].mean(1)).view(B, T, -1)               # (B,T,128)
-        return self.decode(maps, audio, T if first else 1).view(B, -1, *self.mask[1].size)
+        return self.decode(maps, audio, T if first else 1).view(B, -1, *self.mask[1].size).float()
 
     def decode(self, maps, audio=None, step=1):
         """maps [(B*T,w,size,size)], audio (B,T,128) -> logits of every step-th frame."""
@@ -666,8 +678,8 @@ class AVQA(nn.Module):
         fused = self.fusion(torch.cat(found, -1).tanh())                       # (B,D)
         if foreign is not None and len(found) == 2:
             frames = torch.cat([seen, self.ground(foreign, heard)])            # (2*B*T,D)
-            match = self.match(torch.cat([heard.repeat(2, 1), frames], -1))
-        return self.answer((question * fused).tanh()), match
+            match = self.match(torch.cat([heard.repeat(2, 1), frames], -1)).float()
+        return self.answer((question * fused).tanh()).float(), match
 
     def ground(self, visual, heard):
         """Where? sum_n softmax_n(cos(a, v_n)) v_n / |v_n|, beside the plain mean -> (B*T,D)."""
@@ -686,9 +698,8 @@ class AVQA(nn.Module):
 def freeze_all_but_adapters(model):
     """Leave only the LavishAdapters of a model trainable (then unfreeze the head by hand)."""
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, LavishAdapter):
-            module.requires_grad_(True)
+    for adapter in (m for m in model.modules() if isinstance(m, LavishAdapter)):
+        adapter.requires_grad_(True)
 
 
 def trained_state_dict(model):
@@ -723,15 +734,13 @@ def main():
             (AVQA, "large", 64, 8, 4, 21.1, 249.8)):
         with torch.device("meta"):  # shapes without memory
             model = head(Lavish(swin_v2(name), m, r, g))
-            unused = nn.Linear(model.net.backbone.dims[-1], 21841)  # ImageNet-22k's classifier
         trainable, total = count_parameters(model)
+        total += 21841 * (model.net.backbone.dims[-1] + 1)  # ImageNet-22k's unused classifier
         adapters = count_parameters(model.net.adapters)[1]
         latents = sum(a.latents.numel() for a in model.modules() if isinstance(a, LavishAdapter))
-        total += count_parameters(unused)[1]
-        parts = (latents, adapters - latents, trainable - adapters, trainable)
-        print(f"{head.__name__:4} {name:8} {m:2}/{r:2}/{g} "
-              + "".join(f"{n / 1e6:9.2f}" for n in parts)
-              + f"{paper_trainable:7.1f}{total / 1e6:9.2f}{paper_total:7.1f}")
+        here = (n / 1e6 for n in (latents, adapters - latents, trainable - adapters, trainable))
+        print(f"{head.__name__:4} {name:8} {m:2}/{r:2}/{g} {''.join(f'{n:9.2f}' for n in here)}"
+              f"{paper_trainable:7.1f}{total / 1e6:9.2f}{paper_total:7.1f}")
     print("m latents, r reduction, g groups. Totals count the unused ImageNet-22k classifier, as\n"
           "the paper's do. The released decoder of AVS has 1.18 more, and the released head of\n"
           "AVQA 2.76 more, that they never use: with those, 64/ 8/4 has the paper's 21.1.")

@@ -12,12 +12,14 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
@@ -43,8 +45,16 @@ RECIPES = {
                          head_lr=1e-3, lr_decay=1.0, epochs=7),
     ("avs", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=3e-3,
                          head_lr=1e-3, lr_decay=0.75, channels=64, epochs=9),
-    ("avqa", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=2e-3,
-                          head_lr=2e-3, lr_decay=0.85, hidden=128, moments=3, epochs=10)}
+    ("avqa", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=1.5e-3,
+                          head_lr=5e-4, lr_decay=0.9, hidden=128, moments=2, epochs=7)}
+
+
+TORCHVISION = "https://download.pytorch.org/models/swin_v2_{}.pth"
+MICROSOFT = ("https://github.com/SwinTransformer/storage/releases/download/v2.0.0/"
+             "swinv2_{}_patch4_window12_192_22k.pth")
+IMAGENET = {"tiny": TORCHVISION.format("t-b137f0e2"), "small": TORCHVISION.format("s-637d8ceb"),
+            "base": TORCHVISION.format("b-781e5279"), "base12": MICROSOFT.format("base"),
+            "large": MICROSOFT.format("large")}
 
 
 # ---------------------------------------------------------------- AVE
@@ -56,14 +66,15 @@ def train_ave(args):
     sets, loaders = open_data(args, data.AVE)
     torch.manual_seed(args.seed)
     classes = len(sets["train"].categories) + 1
-    model = lavish.AVE(build_net(args), classes).to(args.device)
-    optimizer = make_optimizer(args, model)
+    model = lavish.AVE(build_net(args), classes)
+    forward, optimizer = prepare(args, model)
     best, log = -1.0, []
     for epoch in range(1, args.epochs + 1):
         epoch_start, losses = time.time(), []
         model.train()
+        loaders["train"].sampler.set_epoch(epoch)
         for frames, spectrograms, labels in bar(loaders["train"], f"epoch {epoch}/{args.epochs}"):
-            logits = model(frames.to(args.device), spectrograms.to(args.device))  # (B,10,classes)
+            logits = forward(frames.to(args.device), spectrograms.to(args.device))
             # As released: binary cross-entropy of the softmax against the one-hot label.
             targets = F.one_hot(labels.to(args.device), classes).float()
             loss = F.binary_cross_entropy(logits.softmax(-1), targets)
@@ -86,10 +97,12 @@ def train_ave(args):
 @torch.no_grad()
 def score_ave(model, loader, device):
     """The share of seconds with the right label, over all seconds of a split."""
-    model.eval()
-    right = [model(frames.to(device), spectrograms.to(device)).argmax(-1).cpu() == labels
-             for frames, spectrograms, labels in bar(loader, "score")]
-    return torch.cat(right).float().mean().item()
+    settle(model)
+    right = []
+    for frames, spectrograms, labels in bar(loader, "score"):
+        found = model(frames.to(device), spectrograms.to(device)).argmax(-1).cpu()
+        right += (found == labels).float().mean(1).tolist()
+    return float(np.mean(gather(right)))
 
 
 # ---------------------------------------------------------------- AVS
@@ -103,15 +116,16 @@ def train_avs(args):
     scale = args.channels / 256  # of the whole decoder; 1 as released
     model = lavish.AVS(build_net(args), sets["train"].mask_size, args.channels,
                        [int(w * scale) for w in (64, 128, 320, 512)],
-                       [int(w * scale) for w in (128, 32)]).to(args.device)
-    optimizer = make_optimizer(args, model)
+                       [int(w * scale) for w in (128, 32)])
+    forward, optimizer = prepare(args, model)
     best, log = -1.0, []
     for epoch in range(1, args.epochs + 1):
         epoch_start, losses = time.time(), []
         model.train()
+        loaders["train"].sampler.set_epoch(epoch)
         for frames, spectrograms, masks in bar(loaders["train"], f"epoch {epoch}/{args.epochs}"):
             # S4 has a mask of the first frame only, so no other one is decoded to the end.
-            logits = model(frames.to(args.device), spectrograms.to(args.device), first=True)
+            logits = forward(frames.to(args.device), spectrograms.to(args.device), True)
             loss = F.binary_cross_entropy_with_logits(logits, masks.to(args.device))
             optimizer.zero_grad()
             loss.backward()
@@ -121,7 +135,8 @@ def train_avs(args):
         best = end_epoch(args, model, optimizer, log, losses, val, best, epoch_start)
     load_checkpoint(args, model)
     test, f_score = score_avs(model, loaders["test"], args.device)
-    picture_avs(model, sets["test"], args)
+    if process()[0] == 0:
+        picture_avs(model, sets["test"], args)
     finish(args, model, start, "mean IoU", test,
            {f"test mean IoU, {len(sets['test'])} clips x 5 frames": test,
             "test F score (beta^2 = 0.3)": f_score}, f_score=f_score)
@@ -130,13 +145,14 @@ def train_avs(args):
 @torch.no_grad()
 def score_avs(model, loader, device):
     """(mean IoU over all frames of a split, F score)."""
-    model.eval()
+    settle(model)
     ious, f_score = [], FScore()
     for frames, spectrograms, masks in bar(loader, "score"):
         logits = model(frames.to(device), spectrograms.to(device)).cpu().flatten(0, 1)
-        ious.append(mask_iou(logits, masks.flatten(0, 1)))
+        ious += mask_iou(logits, masks.flatten(0, 1)).view(len(masks), -1).mean(1).tolist()
         f_score.update(logits, masks.flatten(0, 1))
-    return torch.cat(ious).mean().item(), f_score.compute()
+    f_score.total, f_score.frames = (sum(gather([x])) for x in (f_score.total, f_score.frames))
+    return float(np.mean(gather(ious))), f_score.compute()
 
 
 def mask_iou(logits, masks):
@@ -205,15 +221,16 @@ def train_avqa(args):
     args.vocabulary = sets["train"].vocabulary  # so that the checkpoint holds it
     torch.manual_seed(args.seed)
     model = lavish.AVQA(build_net(args), len(args.vocabulary["words"]),
-                        len(args.vocabulary["answers"]), args.hidden).to(args.device)
-    optimizer = make_optimizer(args, model)
+                        len(args.vocabulary["answers"]), args.hidden)
+    forward, optimizer = prepare(args, model)
     best, log = -1.0, []
     for epoch in range(1, args.epochs + 1):
         epoch_start, losses = time.time(), []
         model.train()
+        loaders["train"].sampler.set_epoch(epoch)
         for batch in bar(loaders["train"], f"epoch {epoch}/{args.epochs}"):
             frames, spectrograms, question, answer, foreign = (x.to(args.device) for x in batch)
-            logits, match = model(frames, spectrograms, question, foreign)
+            logits, match = forward(frames, spectrograms, question, foreign)
             loss = F.cross_entropy(logits, answer)
             if match is not None:  # does this frame go with this sound? 1 for the real half
                 real = torch.arange(len(match), device=args.device) < len(match) // 2
@@ -243,10 +260,11 @@ def train_avqa(args):
 @torch.no_grad()
 def score_avqa(model, loader, device):
     """For each question of a split, whether it is answered rightly."""
-    model.eval()
-    right = [model(*(x.to(device) for x in batch))[0].argmax(-1).cpu() == answer
-             for *batch, answer in bar(loader, "score")]
-    return torch.cat(right).tolist()
+    settle(model)
+    right = []
+    for *batch, answer in bar(loader, "score"):
+        right += (model(*(x.to(device) for x in batch))[0].argmax(-1).cpu() == answer).tolist()
+    return gather(right)
 
 
 def words_alone(sets):
@@ -255,7 +273,7 @@ def words_alone(sets):
     for q in sets["train"].questions:
         for key in (tuple(q["words"]), None):
             answers.setdefault(key, []).append(q["answer"])
-    guess = {key: max(set(a), key=a.count) for key, a in answers.items()}
+    guess = {key: max(dict.fromkeys(a), key=a.count) for key, a in answers.items()}
     return float(np.mean([guess.get(tuple(q["words"]), guess[None]) == q["answer"]
                           for q in sets["test"].questions]))
 
@@ -343,16 +361,46 @@ def timed(name, step, args):
 
 def build_net(args):
     """The frozen backbone with its adapters, as the settings say."""
-    weights = None if args.weights == "none" else args.weights
-    if weights == "toy":  # beside the toy data sets, for all of them
-        folder = os.path.dirname(os.path.abspath(args.data))
-        weights = pretrain_nano(os.path.join(folder, "nano.pt"), args.device)
-    backbone = lavish.swin_v2(args.backbone, args.image_size, weights)
+    backbone = lavish.swin_v2(args.backbone, args.image_size, load_weights(args))
+    if args.precision == "bf16":  # autocast would cast the frozen weights anew in every pass
+        for name, parameter in backbone.named_parameters():
+            if parameter.dim() > 1 and not re.search("cpb_mlp|logit_scale", name):
+                parameter.data = parameter.data.bfloat16()
     try:
         return lavish.Lavish(backbone, args.latents, args.reduction, args.groups, args.modality,
-                             args.drop_path)
+                             args.drop_path, args.checkpoint_activations)
     except ValueError as error:  # the adapter's own words about its dim
         raise InputError(f"--reduction and --groups do not fit {args.backbone}: {error}") from None
+
+
+def load_weights(args):
+    """The backbone's state dict by --weights: None for "none", nano's own for "toy", the published
+    ones for "imagenet" (kept in torch.hub's folder and taken from there next time), or a file."""
+    if args.weights == "toy":  # beside the toy data sets, for all of them
+        folder = os.path.dirname(os.path.abspath(args.data))
+        return load_file(pretrain_nano(os.path.join(folder, "nano.pt"), args.device))
+    if args.weights != "imagenet":
+        return None if args.weights == "none" else load_file(args.weights)
+    if args.backbone not in IMAGENET:
+        raise InputError(f"no ImageNet weights are known for the backbone {args.backbone!r}; there "
+                         f"are for {', '.join(IMAGENET)}; or give a file's path")
+    url = IMAGENET[args.backbone]
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except OSError as error:  # urllib's URLError is one
+        raise InputError(f"cannot download the weights ({error}); fetch {url} elsewhere and put "
+                         f"it into {torch.hub.get_dir()}/checkpoints") from None
+
+
+def load_file(path):
+    """torch.load for tensors alone: a file from a stranger cannot run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no weights at {path}; check the path, or give 'imagenet'") from None
+    except Exception as error:  # what torch raises for a file that is none is not documented
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
 
 
 @torch.random.fork_rng()  # a run that finds it done starts from the same random state
@@ -386,12 +434,43 @@ def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
     return path
 
 
-def make_optimizer(args, model):
-    """Adam, with one learning rate for the adapters and one for the head."""
+def prepare(args, model):
+    """What the options ask of a model: -> (what to call in training, the optimiser)."""
+    model.to(args.device)
+    if args.precision == "bf16":
+        model.forward = torch.autocast(args.device.split(":")[0], torch.bfloat16)(model.forward)
+    if args.compile:
+        model.compile()
     in_net = {id(p) for p in model.net.parameters()}
     head = [p for p in model.parameters() if id(p) not in in_net]
-    return torch.optim.Adam([{"params": trainable(model.net), "lr": args.lr},
-                             {"params": head, "lr": args.head_lr}])
+    optimizer = torch.optim.Adam([{"params": trainable(model.net), "lr": args.lr},
+                                  {"params": head, "lr": args.head_lr}])
+    if not dist.is_initialized():
+        return model, optimizer
+    # It averages the gradients of what is trainable. Batch norms see their own process's clips.
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False), optimizer
+
+
+def settle(model):
+    """Ready to score: the first process's batch-norm statistics on all, as in its checkpoint."""
+    model.eval()
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def gather(items):
+    """The items of all processes, in the order of the data set: process r has every r-th one."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def process():
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def trainable(module):
@@ -403,15 +482,19 @@ def open_data(args, kind, **settings):
     os.makedirs(args.out, exist_ok=True)
     sets = {split: kind(args.data, split, args.image_size, **settings)
             for split in ("train", "val", "test")}
-    loaders = {}
+    loaders, (rank, processes) = {}, process()
     for split, dataset in sets.items():
         if short := data.check_files(dataset):
             print(f"{len(short)} {split} sounds end early: silence follows, first {short[0]}")
+        if args.cache:
+            dataset = [dataset[i] for i in bar(range(len(dataset)), f"read {split}")]
+        # The order of an epoch follows from the seed and the epoch's number. Nothing is drawn when
+        # an item is read, so that the number of workers does not matter.
+        sampler = (torch.utils.data.DistributedSampler(dataset, processes, rank, seed=args.seed)
+                   if split == "train" else range(rank, len(dataset), processes))
         loaders[split] = torch.utils.data.DataLoader(
-            data.InMemory(dataset) if args.cache else dataset, args.batch_size,
-            shuffle=split == "train", generator=torch.Generator().manual_seed(args.seed),
-            num_workers=args.workers, persistent_workers=args.workers > 0,
-            pin_memory=args.device != "cpu")
+            dataset, args.batch_size, sampler=sampler, num_workers=args.workers,
+            persistent_workers=args.workers > 0, pin_memory=args.device != "cpu")
     return sets, loaders
 
 
@@ -421,24 +504,29 @@ def end_epoch(args, model, optimizer, log, losses, val, best, start):
                 "seconds": time.time() - start})
     print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(**log[-1]),
           "  best so far" if val > best else "", flush=True)
-    if val > best:  # chosen on val; the released AVE and AVS code choose on test
+    if val > best and process()[0] == 0:  # chosen on val; the released AVE and AVS code choose on test
         data.save_atomic({"settings": vars(args), "trained": lavish.trained_state_dict(model)},
                          os.path.join(args.out, "adapters.pt"))
-    data.write_atomic(os.path.join(args.out, "log.jsonl"),
-                      "".join(json.dumps(entry) + "\n" for entry in log).encode())
+    if process()[0] == 0:
+        data.write_atomic(os.path.join(args.out, "log.jsonl"),
+                          "".join(json.dumps(entry) + "\n" for entry in log).encode())
     for group in optimizer.param_groups:
         group["lr"] *= args.lr_decay
     return max(val, best)
 
 
 def load_checkpoint(args, model):
+    if dist.is_initialized():
+        dist.barrier()  # until the first process has written it
     path = os.path.join(args.out, "adapters.pt")
-    lavish.load_trained_state_dict(model, lavish.load_file(path)["trained"],
+    lavish.load_trained_state_dict(model, load_file(path)["trained"],
                                    f"{path} is of another configuration")
 
 
 def finish(args, model, start, metric, test, table, **more):
     """Write result.json, print the closing table and the command to type next."""
+    if process()[0]:
+        return
     counts = lavish.count_parameters(model)
     seconds = time.time() - start
     result = {"task": args.task, "modality": args.modality, "metric": metric, "test": test,
@@ -470,7 +558,11 @@ def parse(arguments=None):
            help="v or a: the other stream is out, adapters and all")
     option("--drop-path", type=float, default=0.0,
            help="stochastic depth of the frozen backbone (0.1 in the released code)")
-    option("--batch-size", type=positive, help="clips in a step")
+    option("--batch-size", type=positive, help="clips in a step, of each process")
+    option("--precision", choices=("fp32", "bf16"), help="bf16: autocast; the default on a GPU")
+    option("--compile", action="store_true", help="torch.compile; the first step takes minutes")
+    option("--checkpoint-activations", action="store_true",
+           help="a third of the memory or less, for a third more time")
     option("--seed", type=int, default=0)
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = argparse.ArgumentParser(add_help=False, parents=[net])  # and how it is trained
@@ -497,6 +589,9 @@ def parse(arguments=None):
     measure.add_argument("head", choices=("ave", "avs", "avqa"), help="of which task")
     measure.add_argument("--repeat", type=positive, default=3, help="measured steps")
     args = parser.parse_args(arguments)
+    if args.precision is None:
+        fast = args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        args.precision = "bf16" if fast else "fp32"
     if args.task == "bench":
         return fill(args, {**RECIPES[args.head, "real"], "weights": "none", "batch_size": 1})
     if args.data is None:
@@ -526,9 +621,22 @@ def fill(args, recipe):
 
 def main(arguments=None):
     try:
+        if "RANK" in os.environ:  # torchrun started several of us
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        rank, processes = process()
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+            dist.barrier()  # the first one makes toy data and weights, if any
         args = parse(arguments)
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError("--device cuda: torch sees no GPU here; leave the option out")
+        if processes > 1:
+            if args.device == "cuda":
+                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(args.device)
+            load_weights(args)
+            if rank == 0:
+                dist.barrier()
         {"ave": train_ave, "avs": train_avs, "avqa": train_avqa, "bench": bench}[args.task](args)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that is read-only
         # From a worker process the message comes with its trace; the last line is ours.
