@@ -540,7 +540,7 @@ def make_toy(task, root, seed=0):
 TOY_SIZE = 48  # pixels a side: what the nano backbone takes
 TOY_CLIPS = {"ave": {"train": 240, "val": 60, "test": 120},
              "avs": {"train": 480, "val": 60, "test": 80},
-             "avqa": {"train": 340, "val": 60, "test": 120}}  # videos
+             "avqa": {"train": 380, "val": 60, "test": 120}}  # videos
 
 
 def toy_ave(root, rng):
@@ -660,12 +660,12 @@ def toy_avqa(root, rng):
                 for k in range(seconds)])
             write_wav(sound + 0.03 * rng.standard_normal(len(sound)),
                       os.path.join(root, "raw_audio", video + ".wav"))
-            match, coin = seen[-1], rng.uniform() < 0.5  # match: where one is both
+            match, dice = seen[-1], rng.integers(4)  # match: where one is both
             other = rng.choice([x for x in drawn[:n_seen + n_heard] if not both or x != match])
             asked = [  # if, modality, kind, template, its value, answer
-                (coin, v, "Counting", "How many instruments are in the video?", "", number[n_seen]),
+                (dice == 0, v, "Counting", "How many instruments are in the video?", "", number[n_seen]),
                 (n_seen < 2, v, "Instrument", "Which instrument is in the video?", "", seen[0]),
-                (not coin, a, "Counting", "How many instruments are sounding?", "",
+                (dice == 1, a, "Counting", "How many instruments are sounding?", "",
                  number[n_heard]),
                 (n_heard < 2, a, "Instrument", "Which instrument is sounding?", "", heard[0]),
                 (True, av, "Counting", "How many instruments in the video are sounding?", "",
@@ -673,7 +673,7 @@ def toy_avqa(root, rng):
                 (both and n_seen + n_heard > 2, av, "Instrument",
                  "Which instrument in the video is sounding?", "", match),
                 (both, av, "Existential", "Is the <Colour> one sounding?", match, "yes"),
-                (coin, av, "Existential", "Is the <Colour> one sounding?", other, "no")]
+                (dice < 2, av, "Existential", "Is the <Colour> one sounding?", other, "no")]
             for _, *kind, content, about, answer in filter(lambda row: row[0], asked):
                 questions[split].append({
                     "video_id": video, "question_id": len(questions[split]),

@@ -135,7 +135,7 @@ class WindowAttention(nn.Module):
             return self.compute_bias()
         now = [(p.data_ptr(), p._version) for p in parameters]
         if self._bias_of != now:
-            with torch.no_grad(), torch.autocast(self.offsets.device.type, enabled=False):
+            with torch.no_grad():
                 self._bias, self._bias_of = self.compute_bias(), now
         return self._bias
 
@@ -473,16 +473,16 @@ class Lavish(nn.Module):
 
 @contextlib.contextmanager
 def unseen(module):
-    """Batch norms use a batch's statistics without adding them to the running ones: when a block
-    is computed again for its backward pass, it has been counted already."""
+    """Batch norms do not add a batch to their running statistics: when a block is computed again
+    for its backward pass, its batch has been counted already."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
         for norm in norms:
-            norm.track_running_stats = True
+            norm.momentum = 0.1  # torch's default, and the adapters'
 
 
 # ---------------------------------------------------------------- the three tasks' heads

@@ -9,7 +9,9 @@ its entry. A run leaves in --out: adapters.pt (what was trained, at the best epo
 log.jsonl (one object per epoch) and result.json.
 """
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -24,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import lavish
@@ -46,7 +49,7 @@ RECIPES = {
     ("avs", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=3e-3,
                          head_lr=1e-3, lr_decay=0.75, channels=64, epochs=9),
     ("avqa", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=1.5e-3,
-                          head_lr=5e-4, lr_decay=0.9, hidden=128, moments=2, epochs=7)}
+                          head_lr=5e-4, lr_decay=0.9, hidden=128, moments=2, epochs=9)}
 
 
 TORCHVISION = "https://download.pytorch.org/models/swin_v2_{}.pth"
@@ -282,78 +285,143 @@ def words_alone(sets):
 
 
 def bench(args):
-    """Time and memory of one batch of random data at any size, in training and evaluation."""
+    """The cost of a task on random data at any size: a row for each of --latents, with --baseline
+    beside the released way of computing the same. Each row is a process, as its memory is its own.
+    """
+    if args.head == "loader":
+        return bench_loader(args)
+    print(f"{args.head}, {args.backbone}, batch {args.batch_size}, {args.precision}, {args.device}\n"
+          "            GFLOP a clip  clips/s, median (min to max)               GB +  of matrix\n"
+          "latents      eval  train  training           evaluation           weights       rate")
+    rows, spawn = [], multiprocessing.get_context("spawn")
+    for m, released in [(args.latents[0], True)] * args.baseline + [(m, 0) for m in args.latents]:
+        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+            rows.append(row := pool.submit(measure, args, m, released).result())
+        speeds = ["{1:.3g} ({0:.3g}-{2:.3g})".format(*row[k]) for k in ("train", "eval")]
+        print(f"{m:3} {'released' * released:8} {row['gflop']:6.0f} {row['step_gflop']:6.0f}  "
+              f"{speeds[0]:18} {speeds[1]:18} {row['peak']:4.1f} +{row['weights']:4.1f} "
+              f"{row['share']:4.0%}", flush=True)
+    if args.baseline:
+        ratio = lambda key: rows[1][key][1] / rows[0][key][1]
+        print(f"times the released: training {ratio('train'):.2f}, evaluation {ratio('eval'):.2f}, "
+              f"peak memory {rows[1]['peak'] / rows[0]['peak']:.2f}")
+    if args.out:
+        data.write_atomic(args.out, json.dumps({"settings": vars(args), "rows": rows}).encode())
+
+
+def measure(args, latents, released):
+    """One row of bench, in a process of its own: a dict."""
+    args.latents, start = latents, peak_memory(args.device)
+    if released:
+        as_released()
+    head = {"ave": lavish.AVE, "avs": lavish.AVS, "avqa": lavish.AVQA}[args.head]
+
+    def build(args, device):
+        with torch.device(device):
+            model, T, B = head(build_net(args)), 5 if args.head == "avs" else 10, args.batch_size
+            S = model.net.backbone.image_size
+            inputs = [torch.randn(B, T, 3, S, S), torch.randn(B, T, S, S)]
+            inputs += [torch.ones(B, 14, dtype=torch.long)] * (args.head == "avqa")
+            # Of S4's frames the loss wants the first; the release decodes them all.
+            return model, inputs, {"ave": [], "avs": [not released], "avqa": inputs[:1]}[args.head]
+
+    def step(forward, inputs, more, optimizer=None):
+        outputs = forward(*inputs, *more)
+        sum(x.square().mean() for x in (outputs if args.head == "avqa" else [outputs])).backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    plain = {**vars(args), "precision": "fp32", "checkpoint_activations": False, "weights": "none"}
+    model, inputs, more = build(argparse.Namespace(**plain), "meta")  # shapes without memory
+    row = {"latents": latents, "released": bool(released)}
+    for key, run in (("gflop", lambda: model(*inputs)),
+                     ("step_gflop", lambda: step(model, inputs, more))):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        row[key] = counter.get_total_flops() / args.batch_size / 1e9
     torch.manual_seed(args.seed)
-    net, T = build_net(args), {"ave": 10, "avs": 5, "avqa": 10}[args.head]
-    model = {"ave": lavish.AVE, "avs": lavish.AVS, "avqa": lavish.AVQA}[args.head](net)
-    model = model.to(args.device)
-    optimizer = make_optimizer(args, model)
-    B, S = args.batch_size, net.backbone.image_size
-    frames = torch.randn(B, T, 3, S, S, device=args.device)
-    spectrograms = torch.randn(B, T, S, S, device=args.device)
-    more = {"ave": (), "avs": (True,),  # the loss of S4 is on the first frame alone
-            "avqa": (torch.ones(B, 14, dtype=torch.long, device=args.device), frames)}[args.head]
-
-    def train_step():
-        outputs = model(frames, spectrograms, *more)
-        outputs = outputs if args.head == "avqa" else [outputs]
-        optimizer.zero_grad()
-        sum(output.square().mean() for output in outputs if output is not None).backward()
-        optimizer.step()
-
-    @torch.no_grad()
-    def evaluation():
-        model(frames, spectrograms, *more[:1] if args.head == "avqa" else ())
-
-    print(f"{args.head}, {args.backbone}, {S} px, {B} x {T} s, {args.latents} latents, fp32, "
-          f"{args.device}, {torch.get_num_threads()} threads")
+    model, inputs, more = build(args, args.device)
+    forward, optimizer = prepare(args, model)
+    row["weights"] = sum(t.nbytes for t in model.state_dict().values()) / 1e9
     model.train()
-    timed("training step", train_step, args)
+    row["train"] = speed(args, lambda: step(forward, inputs, more, optimizer))
+    row["peak"] = (peak_memory(args.device) - start) / 1e9 - row["weights"]
     model.eval()
-    timed("evaluation", evaluation, args)
-    if args.head == "avs":
-        bench_tpavi(args)
+    with torch.no_grad():
+        row["eval"] = speed(args, lambda: model(*inputs))
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    a = torch.randn(4096, 4096, device=args.device, dtype=dtype)  # the machine's own rate:
+    rate = speed(args, lambda: a @ a)[1] / args.batch_size * 2 * 4096 ** 3 / 1e9
+    return {**row, "share": row["train"][1] * row["step_gflop"] / rate}
 
 
-@torch.no_grad()
-def bench_tpavi(args):
-    """TPAVI on a clip at AVSBench's largest map, in its two orders of the product."""
-    tpavi = lavish.TPAVI(256).to(args.device).eval()
-    nn.init.ones_(tpavi.bn.weight)  # its 0 at the start would hide the sound
-    x = torch.randn(5, 256, 56, 56, device=args.device)
-    audio = torch.randn(1, 5, 128, device=args.device)
-
-    def quadratic():  # every pixel of the clip against every other one, as published
-        video = x.movedim(1, -1).reshape(1, -1, 256)                           # (1,15680,256)
-        sound = tpavi.align(audio).repeat_interleave(56 * 56, 1)               # (1,15680,256)
-        weights = tpavi.theta(video) @ tpavi.phi(sound).transpose(1, 2) / video.shape[1]
-        y = tpavi.bn(tpavi.out(weights @ tpavi.g(video)).flatten(0, 1))
-        return tpavi.norm(video[0] + y).view(5, 56, 56, 256).movedim(-1, 1)
-
-    print("TPAVI at 5 x 56 x 56 pixels, 256 channels")
-    linear = timed("linear", lambda: tpavi(x, audio), args)
-    ratio = timed("quadratic", quadratic, args) / linear
-    print(f"{ratio:.0f} times as fast, largest difference "
-          f"{(tpavi(x, audio) - quadratic()).abs().max():.0e}")
-
-
-def timed(name, step, args):
-    """Print the time of a step over --repeat runs and the memory; returns the median in s."""
+def speed(args, run):
+    """[least, median, most] clips a second over --repeat runs, after one to warm up."""
     seconds = []
-    for _ in range(args.repeat + 1):  # the first one warms up
+    for _ in range(args.repeat + 1):
         start = time.perf_counter()
-        step()
+        run()
         if args.device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    seconds = sorted(seconds[1:])
-    if args.device == "cpu":  # of the whole process so far; in kilobytes on Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    else:
-        peak = torch.cuda.max_memory_allocated()
-    print(f"{name:14} {np.median(seconds):8.3f} s  ({seconds[0]:.3f} to {seconds[-1]:.3f})"
-          f"   peak memory {peak / 1e9:.1f} GB", flush=True)
-    return np.median(seconds)
+    return [float(args.batch_size / q) for q in np.quantile(seconds[1:], (1, 0.5, 0))]
+
+
+def peak_memory(device):
+    """Bytes: of the GPU, or of this process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def as_released():
+    """From here on this process computes as the authors' release does: a pass per stream, position
+    biases anew in every block, convolutions between transposes, TPAVI over all pairs of pixels."""
+    def forward(net, frames, spectrograms):
+        v, a = map(net.backbone.embed, (frames, spectrograms[:, None].expand(-1, 3, -1, -1)))
+        stages, adapters = [], iter(net.adapters)
+        for blocks, merge in net.backbone.stages:
+            for block in blocks:
+                for branch, lav in zip(block.branches(), next(adapters)):
+                    v, a = v + branch(v) + lav["visual"](v, a), a + branch(a) + lav["audio"](a, v)
+            stages.append((v, a))
+            v, a = merge(v), merge(a)
+        stages[-1] = tuple(map(net.backbone.norm, stages[-1]))
+        return tuple(zip(*stages))
+
+    def tpavi(self, x, audio):
+        (B, T, _), (C, H, W) = audio.shape, x.shape[1:]
+        video = x.movedim(1, -1).reshape(B, -1, C)                             # (B,T*H*W,C)
+        sound = self.align(audio).repeat_interleave(H * W, 1)                  # (B,T*H*W,C)
+        weights = self.theta(video) @ self.phi(sound).transpose(1, 2) / video.shape[1]
+        y = self.bn(self.out(weights @ self.g(video)).flatten(0, 1))
+        return self.norm(video.flatten(0, 1) + y).view(-1, H, W, C).movedim(-1, 1)
+
+    lavish.Lavish.forward, lavish.TPAVI.forward = forward, tpavi
+    lavish.LavishAdapter.convolve = staticmethod(lambda z, conv: conv(z.t()[None])[0].t())
+    lavish.WindowAttention.bias = lavish.WindowAttention.compute_bias
+    lavish.attend = lambda q, k, v, bias: (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+
+
+def bench_loader(args):
+    """Clips a second of AVE's loader, beside a loop that opens the wav anew for each second."""
+    dataset = data.AVE(args.data, "train", args.image_size)
+    dataset = torch.utils.data.Subset(dataset, range(min(len(dataset), 24 * args.repeat)))
+    loader = torch.utils.data.DataLoader(dataset, 4, num_workers=args.workers)
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    ours = len(dataset) / (time.perf_counter() - start)
+    read, of_a_second = data.AVE.sound, range(data.AVE.seconds)
+    data.AVE.sound = lambda self, i: torch.stack([read(self, i)[t] for t in of_a_second])
+    start = time.perf_counter()
+    for item in dataset:
+        pass
+    naive = len(dataset) / (time.perf_counter() - start)
+    print(f"{args.data}, {args.image_size} px, {args.workers} workers: {ours:.1f} clips/s, a wav "
+          f"opened per second {naive:.1f}: {ours / naive:.1f} times")
 
 
 # ---------------------------------------------------------------- what the loops share
@@ -438,6 +506,9 @@ def prepare(args, model):
     """What the options ask of a model: -> (what to call in training, the optimiser)."""
     model.to(args.device)
     if args.precision == "bf16":
+        for module in model.modules():
+            if isinstance(module, lavish.WindowAttention):
+                module.bias()  # kept from here on, in fp32
         model.forward = torch.autocast(args.device.split(":")[0], torch.bfloat16)(model.forward)
     if args.compile:
         model.compile()
@@ -551,7 +622,6 @@ def parse(arguments=None):
     option("--backbone", help=", ".join(lavish.SWIN_V2))
     option("--weights", help="imagenet, none, toy (nano on toy images), or a checkpoint's path")
     option("--image-size", type=positive, help="pixels a side, of frames and spectrograms")
-    option("--latents", type=positive, help="latent tokens per adapter")
     option("--reduction", type=positive, help="width of a stage over width of its bottleneck")
     option("--groups", type=positive, help="groups of the bottleneck's convolutions")
     option("--modality", choices=("av", "v", "a"), default="av",
@@ -567,6 +637,7 @@ def parse(arguments=None):
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = argparse.ArgumentParser(add_help=False, parents=[net])  # and how it is trained
     option = run.add_argument
+    option("--latents", type=positive, help="latent tokens per adapter")
     option("--data", help="data set folder; toy data if not given, made where absent")
     option("--lr", type=float, help="of the adapters")
     option("--head-lr", type=float, help="of the head")
@@ -585,15 +656,22 @@ def parse(arguments=None):
     avqa = tasks.add_parser("avqa", parents=[run], help="audio-visual question answering")
     avqa.add_argument("--hidden", type=positive, help="width of the head")
     avqa.add_argument("--moments", type=positive, help="seconds taken from a video")
-    measure = tasks.add_parser("bench", parents=[net], help="time and memory on random data")
-    measure.add_argument("head", choices=("ave", "avs", "avqa"), help="of which task")
-    measure.add_argument("--repeat", type=positive, default=3, help="measured steps")
+    cost = tasks.add_parser("bench", parents=[net], help="speed and memory on random data")
+    cost.add_argument("head", choices=("ave", "avs", "avqa", "loader"), help="what to measure")
+    cost.add_argument("--latents", type=positive, nargs="+", help="a row for each")
+    cost.add_argument("--repeat", type=positive, default=3, help="measured steps")
+    cost.add_argument("--baseline", action="store_true", help="the released way as well")
+    cost.add_argument("--data", default="toy/ave", help="for the loader")
+    cost.add_argument("--workers", type=int, default=2, help="for the loader")
+    cost.add_argument("--out", help="a JSON file for the figures")
     args = parser.parse_args(arguments)
     if args.precision is None:
         fast = args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
         args.precision = "bf16" if fast else "fp32"
     if args.task == "bench":
-        return fill(args, {**RECIPES[args.head, "real"], "weights": "none", "batch_size": 1})
+        recipe = RECIPES["ave" if args.head == "loader" else args.head, "real"]
+        return fill(args, {**recipe, "weights": "none", "batch_size": 1,
+                           "latents": [recipe["latents"]]})
     if args.data is None:
         args.data = f"toy/{args.task}"
         if not os.path.exists(args.data):
