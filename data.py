@@ -663,7 +663,8 @@ def toy_avqa(root, rng):
             match, dice = seen[-1], rng.integers(4)  # match: where one is both
             other = rng.choice([x for x in drawn[:n_seen + n_heard] if not both or x != match])
             asked = [  # if, modality, kind, template, its value, answer
-                (dice == 0, v, "Counting", "How many instruments are in the video?", "", number[n_seen]),
+                (dice == 0, v, "Counting", "How many instruments are in the video?", "",
+                 number[n_seen]),
                 (n_seen < 2, v, "Instrument", "Which instrument is in the video?", "", seen[0]),
                 (dice == 1, a, "Counting", "How many instruments are sounding?", "",
                  number[n_heard]),

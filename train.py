@@ -510,8 +510,8 @@ def prepare(args, model):
             if isinstance(module, lavish.WindowAttention):
                 module.bias()  # kept from here on, in fp32
         model.forward = torch.autocast(args.device.split(":")[0], torch.bfloat16)(model.forward)
-    if args.compile:
-        model.compile()
+    if args.compile:  # block by block: blocks of one shape share the compiled code
+        model.net.update = torch.compile(model.net.update)
     in_net = {id(p) for p in model.net.parameters()}
     head = [p for p in model.parameters() if id(p) not in in_net]
     optimizer = torch.optim.Adam([{"params": trainable(model.net), "lr": args.lr},
@@ -575,7 +575,7 @@ def end_epoch(args, model, optimizer, log, losses, val, best, start):
                 "seconds": time.time() - start})
     print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(**log[-1]),
           "  best so far" if val > best else "", flush=True)
-    if val > best and process()[0] == 0:  # chosen on val; the released AVE and AVS code choose on test
+    if val > best and process()[0] == 0:  # chosen on val; the release chooses AVE, AVS on test
         data.save_atomic({"settings": vars(args), "trained": lavish.trained_state_dict(model)},
                          os.path.join(args.out, "adapters.pt"))
     if process()[0] == 0:
