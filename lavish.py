@@ -135,8 +135,7 @@ class WindowAttention(nn.Module):
             return self.compute_bias()
         now = [(p.data_ptr(), p._version) for p in parameters]
         if self._bias_of != now:
-            with torch.no_grad():
-                self._bias, self._bias_of = self.compute_bias(), now
+            self._bias, self._bias_of = self.compute_bias().detach(), now
         return self._bias
 
     def compute_bias(self):
@@ -146,9 +145,10 @@ class WindowAttention(nn.Module):
 
 
 def attend(q, k, v, bias):
-    """softmax(q k^T + bias) v. Training on a CPU takes the plain product, because the backward pass
-    of the fused one is no faster there in fp32 and four times slower in bf16."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    """softmax(q k^T + bias) v. On a CPU the fused product's backward pass is the slower one for small
+    windows and, four times, in bf16."""
+    small = q.shape[2] < 64 or q.dtype == torch.bfloat16
+    if small and q.device.type == "cpu" and torch.is_grad_enabled():
         return (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
 
