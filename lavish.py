@@ -145,8 +145,8 @@ class WindowAttention(nn.Module):
 
 
 def attend(q, k, v, bias):
-    """softmax(q k^T + bias) v. On a CPU the fused product's backward pass is the slower one for small
-    windows and, four times, in bf16."""
+    """softmax(q k^T + bias) v. On a CPU the fused product's backward pass is the slower one for
+    small windows and, four times, in bf16."""
     small = q.shape[2] < 64 or q.dtype == torch.bfloat16
     if small and q.device.type == "cpu" and torch.is_grad_enabled():
         return (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
