@@ -636,7 +636,7 @@ def parse(arguments=None):
     option("--precision", choices=("fp32", "bf16"), help="bf16: autocast; the default on a GPU")
     option("--compile", action="store_true", help="torch.compile; the first step takes minutes")
     option("--checkpoint-activations", action="store_true",
-           help="a third of the memory or less, for a third more time")
+           help="about half the memory, for a third more computing")
     option("--seed", type=int, default=0)
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = argparse.ArgumentParser(add_help=False, parents=[net])  # and how it is trained
