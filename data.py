@@ -28,7 +28,6 @@ EXTRACT = ("for each: ffmpeg -i ID.mp4 -vf fps=1 video_frames/ID/%04d.jpg "
            "-ac 1 -ar 16000 raw_audio/ID.wav")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
 def open_wav(path):
     """An open wave.Wave_read; an InputError if the file is missing or no PCM wav."""
     try:
@@ -53,7 +52,6 @@ def open_wav(path):
         raise InputError(f"{path} is not a PCM wav ({reason}); convert it: ffmpeg -i IN -ac 1 "
                          f"-ar {SAMPLE_RATE} -c:a pcm_s16le OUT.wav") from None
 
-
 def read_wav(path):
     """(N,) float32 mono at 16 kHz in [-1, 1], from PCM of 8, 16, 24 or 32 bit, any rate, channels.
 
@@ -74,7 +72,6 @@ def read_wav(path):
         sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
     return sound - sound.mean() if len(sound) else sound
 
-
 def read_image(path):
     """(3, height, width) uint8, from jpg or png."""
     try:
@@ -83,7 +80,6 @@ def read_image(path):
         reason = str(error).split("\n")[0]
         raise InputError(f"{path} is not a readable image ({reason}); extract it again") from None
 
-
 def read_frame(path, size):
     """(3, size, size) float32, ImageNet-normalised; the aspect is not kept, as released."""
     image = read_image(path)
@@ -91,7 +87,6 @@ def read_frame(path, size):
     image = torchvision.transforms.functional.resize(image, [size, size], antialias=True)
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return (image / 255 - mean[:, None, None]) / std[:, None, None]
-
 
 def seconds_of(sound, count):
     """(N,) -> (count, 16000): second t is samples [16000 t, 16000 (t+1)), silence past the end.
@@ -103,7 +98,6 @@ def seconds_of(sound, count):
     sound = torch.nn.functional.pad(sound, (0, count * SAMPLE_RATE - len(sound)))
     return sound.view(count, SAMPLE_RATE)
 
-
 def frame_paths(folder):
     """The *.jpg of a folder in the order of their numbers, whatever the zero-padding."""
     try:
@@ -114,13 +108,11 @@ def frame_paths(folder):
     except ValueError:
         raise InputError(f"{folder} holds frames that are not numbered like 0001.jpg") from None
 
-
 def video_files(root, video):
     """The frames of a video, or the first that should be there, and its sound."""
     folder = os.path.join(root, "video_frames", video)
     return (frame_paths(folder) or [os.path.join(folder, "0001.jpg")],
             os.path.join(root, "raw_audio", video + ".wav"))
-
 
 def read_lines(path):
     """The stripped, non-empty lines of a text file."""
@@ -131,7 +123,6 @@ def read_lines(path):
             return lines
     raise InputError(f"no {path}, or nothing in it; the README says what a data folder holds")
 
-
 def spectrogram_stats(dataset, root, size):
     """(mean, std) to normalise spectrograms with: what `data.py stats` left in root, or AVE's."""
     if not os.path.isdir(root):
@@ -139,17 +130,14 @@ def spectrogram_stats(dataset, root, size):
                          f"{dataset.task} {root}")
     return tuple(known_stats(root).get(str(size), (AVE_MEAN, AVE_STD)))
 
-
 def known_stats(root):
     """{"192": [mean, std], ...}, by the size of the spectrogram image."""
     path = os.path.join(root, "fbank.json")
     return json.loads("".join(read_lines(path))) if os.path.exists(path) else {}
 
-
 def spectrograms_of(seconds, size, stats):
     """(T, 16000) -> (T, size, size)."""
     return torch.stack([fbank(second, size, *stats) for second in seconds])
-
 
 def check_files(dataset):
     """InputError if clips lack files; returns the paths of the sounds that end too early."""
@@ -167,9 +155,7 @@ def check_files(dataset):
                          f"{dataset.remedy}")
     return short
 
-
 # ---------------------------------------------------------------- AVE
-
 
 class AVE(torch.utils.data.Dataset):
     """Audio-visual events (Tian et al., ECCV 2018): ten seconds, one event or background in each.
@@ -228,9 +214,7 @@ class AVE(torch.utils.data.Dataset):
         return (torch.stack(frames), spectrograms_of(self.sound(i), self.size, self.stats),
                 self.labels(i))
 
-
 # ---------------------------------------------------------------- AVSBench S4
-
 
 class AVSBench(torch.utils.data.Dataset):
     """AVSBench S4 (Zhou et al., ECCV 2022): five seconds, and masks of the one thing that sounds.
@@ -300,9 +284,7 @@ class AVSBench(torch.utils.data.Dataset):
                              f"x {self.mask_size} as the first mask; make the masks of one size")
         return (mask > (0 if mask.max() == 1 else 127)).float()
 
-
 # ---------------------------------------------------------------- MUSIC-AVQA
-
 
 class MusicAVQA(torch.utils.data.Dataset):
     """MUSIC-AVQA (Li et al., CVPR 2022): a question about a video of music, mostly a minute long.
@@ -368,7 +350,6 @@ class MusicAVQA(torch.utils.data.Dataset):
             foreign.append(read_frame(paths[rng.integers(len(paths))], self.size))
         return (*item, torch.stack(foreign))
 
-
 def read_questions(path):
     """[{"id", "video", "type" (modality, kind), "words", "answer"}] from one of the json files.
 
@@ -391,12 +372,10 @@ def read_questions(path):
         raise InputError(f"{path}, question {number + 1}: {error!r} is missing or wrong") from None
     return questions
 
-
 def make_vocabulary(questions):
     return {"words": ["<pad>", *dict.fromkeys(w for q in questions for w in q["words"])],
             "answers": list(dict.fromkeys(q["answer"] for q in questions)),
             "length": max(len(q["words"]) for q in questions)}
-
 
 # ---------------------------------------------------------------- the toy world
 #
@@ -404,7 +383,6 @@ def make_vocabulary(questions):
 
 COLOURS = {"red": (230, 60, 50), "green": (60, 190, 80), "blue": (70, 100, 235),
            "yellow": (235, 205, 60), "magenta": (215, 80, 205), "cyan": (70, 205, 215)}
-
 
 def circle(x, y): return np.hypot(x, y) - 0.9
 def square(x, y): return np.maximum(abs(x), abs(y)) - 0.8
@@ -414,13 +392,11 @@ def cross(x, y): return np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 1),
 def ring(x, y): return abs(np.hypot(x, y) - 0.75) - 0.25
 def diamond(x, y): return abs(x) + abs(y) - 1.05
 
-
 SHAPES = (circle, triangle, square, ring, cross, diamond)  # signed distances: inside is negative
 
 INSTRUMENTS = {  # name: (shape, colour)
     "bell": (circle, "red"), "flute": (triangle, "green"), "drum": (square, "blue"),
     "horn": (ring, "yellow"), "bird": (cross, "magenta"), "rattle": (diamond, "cyan")}
-
 
 def play(name, seconds, rng):
     """One instrument for some seconds, (seconds * 16000,) float64 with unit RMS; pitch is drawn."""
@@ -443,7 +419,6 @@ def play(name, seconds, rng):
         sound = np.diff(noise, prepend=0) * np.exp(-25 * beat(8))
     return sound / np.sqrt(np.mean(sound ** 2))
 
-
 def draw(objects, size, rng):
     """A noisy scene. objects: (shape, rgb, x, y, radius), places and radius in units of the image.
 
@@ -463,14 +438,12 @@ def draw(objects, size, rng):
     image = torch.from_numpy(np.clip(image, 0, 255).astype(np.uint8))
     return image, [torch.from_numpy(mask) for mask in masks]
 
-
 def place(name, rng, smallest=0.14, largest=0.24):
     """An instrument at a random place and size, as draw takes it."""
     shape, colour = INSTRUMENTS[name]
     radius = rng.uniform(smallest, largest)
     x, y = rng.uniform(radius, 1 - radius, 2)
     return [shape, COLOURS[colour], x, y, radius]
-
 
 def toy_images(count, size, rng):
     """Images without sound, to pretrain the toy backbone on in ImageNet's place.
@@ -496,18 +469,15 @@ def toy_images(count, size, rng):
             images.append(torch.from_numpy(np.clip(image, 0, 255).astype(np.uint8)))
     return torch.stack(images), torch.from_numpy(labels)
 
-
 def write_wav(sound, path):
     """(N,) in [-1, 1] -> 16 bit mono at 16 kHz."""
     with wave.open(path, "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         file.writeframes((np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes())
 
-
 def bar(iterable, text):
     """A progress bar on a terminal, nothing in a log file."""
     return tqdm(iterable, desc=text, leave=False, disable=None, ncols=79)
-
 
 def write_atomic(path, content):
     """Write bytes under a temporary name, then rename: the file is there whole or not at all."""
@@ -515,13 +485,11 @@ def write_atomic(path, content):
         file.write(content)
     os.replace(path + ".partial", path)
 
-
 def save_atomic(tensors, path):
     """torch.save, whole or not at all."""
     file = io.BytesIO()
     torch.save(tensors, file)
     write_atomic(path, file.getvalue())
-
 
 def make_toy(task, root, seed=0):
     """Write the toy data set of a task, complete or not at all; its settings go to toy.json."""
@@ -536,12 +504,10 @@ def make_toy(task, root, seed=0):
     write_atomic(os.path.join(partial, "toy.json"), json.dumps(settings).encode())
     os.replace(partial, root)
 
-
 TOY_SIZE = 48  # pixels a side: what the nano backbone takes
 TOY_CLIPS = {"ave": {"train": 240, "val": 60, "test": 120},
              "avs": {"train": 480, "val": 60, "test": 80},
              "avqa": {"train": 380, "val": 60, "test": 120}}  # videos
-
 
 def toy_ave(root, rng):
     """The AVE layout with the toy's instruments; neither sight nor sound alone can label it.
@@ -587,7 +553,6 @@ def toy_ave(root, rng):
     for name, lines in rows.items():
         write_atomic(os.path.join(root, name + ".txt"), ("\n".join(lines) + "\n").encode())
 
-
 def moving(names, rng, steps=5):
     """A list over time of what draw takes: instruments in straight motion, never overlapping."""
     paths = []  # (steps, 3) each: x, y, radius
@@ -601,7 +566,6 @@ def moving(names, rng, steps=5):
             paths = []
     looks = [place(name, rng)[:2] for name in names]
     return [[(*look, *path[k]) for look, path in zip(looks, paths)] for k in range(steps)]
-
 
 def toy_avs(root, rng):
     """The AVSBench S4 layout: two or three instruments move, and one of them sounds.
@@ -630,7 +594,6 @@ def toy_avs(root, rng):
                       os.path.join(folder("audio_wav"), name + ".wav"))
             rows.append(f"{name},0,{category},{split}")
     write_atomic(os.path.join(root, "s4_meta_data.csv"), ("\n".join(rows) + "\n").encode())
-
 
 def toy_avqa(root, rng):
     """The MUSIC-AVQA layout. A video of 3 to 6 seconds shows one instrument or two, and lets one be
@@ -684,9 +647,7 @@ def toy_avqa(root, rng):
     for split, rows in questions.items():
         write_atomic(os.path.join(root, f"avqa-{split}.json"), json.dumps(rows, indent=1).encode())
 
-
 # ---------------------------------------------------------------- commands
-
 
 def stats(task, root, size):
     """Mean and std of the training spectrograms before normalisation, into root/fbank.json.
@@ -707,9 +668,7 @@ def stats(task, root, size):
     write_atomic(os.path.join(root, "fbank.json"), json.dumps(known).encode())
     return known[str(size)]
 
-
 DATASETS = {"ave": AVE, "avs": AVSBench, "avqa": MusicAVQA}
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -734,7 +693,6 @@ def main():
     except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

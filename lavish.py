@@ -40,10 +40,8 @@ import torchaudio
 import torchvision
 from torch.utils.checkpoint import checkpoint
 
-
 class InputError(ValueError):
     """Something the user can mend. One line: which file or option, what is wrong, what to do."""
-
 
 # ---------------------------------------------------------------- sound becomes an image
 
@@ -51,7 +49,6 @@ SAMPLE_RATE = 16000
 # Mean and std of AVE's spectrograms at a 5.2 ms shift (released AVE/dataloader.py). Other data and
 # other sizes want their own: `python data.py stats`.
 AVE_MEAN, AVE_STD = -4.984795570373535, 3.7079780101776123
-
 
 def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
     """One second of sound as a log-mel image.
@@ -72,7 +69,6 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
     # rows (the last window must end within the second) hold the mean level, not silence.
     return F.pad((image - mean) / (2 * std), (0, 0, 0, size - image.shape[0]))
 
-
 # ---------------------------------------------------------------- the frozen backbone: Swin-V2
 #
 # What Lavish below needs of a backbone, so that another transformer can take Swin's place:
@@ -81,7 +77,6 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
 #     block.dim, and block.branches(): functions f in x <- x + f(x), here attention and MLP
 #     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
 # Parameter names are torchvision's.
-
 
 class WindowAttention(nn.Module):
     """Swin-V2's attention (Liu et al. 2022): cosine, within windows, log-spaced position bias.
@@ -140,9 +135,7 @@ class WindowAttention(nn.Module):
 
     def compute_bias(self):
         table = 16 * torch.sigmoid(self.cpb_mlp(self.offsets))                 # ((2w-1)^2,heads)
-        bias = table[self.index].permute(2, 0, 1) + self.mask[:, None]         # (W,heads,n,n)
-        return bias.flatten(0, 1)[None]
-
+        return (table[self.index].permute(2, 0, 1) + self.mask[:, None]).flatten(0, 1)[None]
 
 def attend(q, k, v, bias):
     """softmax(q k^T + bias) v. On a CPU the fused product's backward pass is the slower one for
@@ -152,20 +145,17 @@ def attend(q, k, v, bias):
         return (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
 
-
 def to_windows(x, window):
     """(B, H, H, C) -> (B, W, window*window, C), W windows in row-major order."""
     B, H, _, C = x.shape
     x = x.view(B, H // window, window, H // window, window, C).transpose(2, 3)
     return x.reshape(B, -1, window * window, C)
 
-
 def from_windows(x, window, side):
     """The inverse of to_windows: (B, W, window*window, C) -> (B, side, side, C)."""
     B, _, _, C = x.shape
     x = x.view(B, side // window, side // window, window, window, C)
     return x.transpose(2, 3).reshape(B, side, side, C)
-
 
 def log_offsets(window, pretrained_window):
     """Offsets within a window, ((2w-1)^2, 2), as sign(o) log2(1 + |o|) / 3 with o in [-8, 8].
@@ -176,13 +166,11 @@ def log_offsets(window, pretrained_window):
     o = o.sign() * (1 + o.abs()).log2() / 3
     return torch.cartesian_prod(o, o)
 
-
 def offset_index(window):
     """(n, n) rows of log_offsets: the offset from token j to token i of one window."""
     p = torch.cartesian_prod(torch.arange(window), torch.arange(window))       # (n,2)
     o = p[:, None] - p[None] + window - 1
     return o[..., 0] * (2 * window - 1) + o[..., 1]
-
 
 def shift_mask(side, window, shift):
     """(W, n, n): -100 between tokens that only the cyclic shift brought into one window."""
@@ -191,7 +179,6 @@ def shift_mask(side, window, shift):
     region = (3 * region[:, None] + region)[None, :, :, None]                  # (1,side,side,1)
     region = to_windows(region, window)[0, :, :, 0]                            # (W,n)
     return -100.0 * (region[:, :, None] != region[:, None])
-
 
 class SwinBlock(nn.Module):
     """Residual-post-norm: x <- x + norm1(attn(x)), then x <- x + norm2(mlp(x))."""
@@ -212,7 +199,6 @@ class SwinBlock(nn.Module):
     def branches(self):
         return lambda x: self.norm1(self.attn(x)), lambda x: self.norm2(self.mlp(x))
 
-
 class PatchMerging(nn.Module):
     """Each 2 x 2 tokens become one of twice the width: (B, side^2, d) -> (B, side^2 / 4, 2d)."""
 
@@ -227,7 +213,6 @@ class PatchMerging(nn.Module):
         x = x.view(B, self.side // 2, 2, self.side // 2, 2, C)                 # rows, columns
         x = x.permute(0, 1, 3, 4, 2, 5).reshape(B, N // 4, 4 * C)  # column by column within the 2x2
         return self.norm(self.reduction(x))
-
 
 class SwinV2(nn.Module):
     """Swin Transformer V2 (Liu et al., CVPR 2022) for square images of one size.
@@ -276,7 +261,6 @@ class SwinV2(nn.Module):
             x = merge(x)
         return [*stages[:-1], self.norm(x)]
 
-
 def stage_sides(image_size, stages, window):
     """Token rows of each stage, [S/4, S/8, ...]; refuses sizes that no windows can tile."""
     sides = lambda size: [size // (4 << i) for i in range(stages)]
@@ -287,7 +271,6 @@ def stage_sides(image_size, stages, window):
                          f"{stages} stages; sizes that do: {', '.join(map(str, sizes))}")
     return sides(image_size)
 
-
 SWIN_V2 = {  # name: (embed_dim, depths, heads, window, pretraining image size)
     "nano": (32, (2, 2, 2), (2, 4, 8), 6, 48),  # the toy's
     "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 8, 256),  # three of torchvision
@@ -295,7 +278,6 @@ SWIN_V2 = {  # name: (embed_dim, depths, heads, window, pretraining image size)
     "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 8, 256),
     "base12": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 192),  # two of Microsoft
     "large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 192)}  # the paper's
-
 
 def swin_v2(name, image_size=None, weights=None):
     """A Swin-V2 by name (the keys of SWIN_V2), at its pretraining image size unless told.
@@ -311,7 +293,6 @@ def swin_v2(name, image_size=None, weights=None):
     if weights:
         load_swin_weights(backbone, weights)
     return backbone
-
 
 def load_swin_weights(backbone, state_dict):
     """Load torchvision's or Microsoft's (also timm's) names; what does not fit is an InputError."""
@@ -335,7 +316,6 @@ def load_swin_weights(backbone, state_dict):
     check_keys(backbone.state_dict(), renamed, "the weights do not fit this backbone")
     backbone.load_state_dict(renamed)
 
-
 def check_keys(wanted, found, what):
     """InputError that names every missing, extra or misshaped key; a count would name none."""
     wanted, found = ({k: tuple(t.shape) for k, t in d.items()} for d in (wanted, found))
@@ -344,12 +324,9 @@ def check_keys(wanted, found, what):
               + [f"{k} is {found[k]}, not {wanted[k]}" for k in wanted
                  if k in found and found[k] != wanted[k]])
     if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise InputError(f"{what}: {'; '.join(faults[:8])}{more}")
-
+        raise InputError(f"{what}: {'; '.join(faults[:8] + ['...'] * (len(faults) > 8))}")
 
 # ---------------------------------------------------------------- the adapter
-
 
 class LavishAdapter(nn.Module):
     """One stream's update from the other stream, through m latent tokens (Sec. 3.2).
@@ -386,8 +363,7 @@ class LavishAdapter(nn.Module):
             summary = self.latents + scores.softmax(-1) @ other            # (B,m,dim)
             # fuse: x' = x + g_av softmax(x S^T) S
             scores = x @ summary.transpose(1, 2)                           # (B,N,m)
-            gate_av = self.gate_av.to(x.dtype)  # in bf16, tokens stay so
-            x = x + scores.softmax(-1) @ (gate_av * summary)               # (B,N,dim)
+            x = x + scores.softmax(-1) @ (self.gate_av.to(x.dtype) * summary)  # bf16 stays bf16
         # bottleneck: LN(BN(up(relu(BN(down(LN(x')))))))
         z = self.norm_in(x).flatten(0, 1)                                  # (B*N,dim)
         z = F.relu(self.bn_down(self.convolve(z, self.down)))              # (B*N,dim/r)
@@ -403,9 +379,7 @@ class LavishAdapter(nn.Module):
         z, weight = z.unflatten(1, (conv.groups, -1)), conv.weight.unflatten(0, (conv.groups, -1))
         return torch.einsum("ngi,goi->ngo", z, weight.squeeze(-1)).flatten(1)
 
-
 # ---------------------------------------------------------------- two streams, one frozen backbone
-
 
 class Lavish(nn.Module):
     """A frozen backbone with adapters beside every residual branch (Fig. 2).
@@ -450,9 +424,12 @@ class Lavish(nn.Module):
         for blocks, merge in self.backbone.stages:
             for block in blocks:
                 arguments = x, block, *next(per_block)
-                x = (checkpoint(self.update, *arguments, use_reentrant=False, context_fn=lambda: (
-                        contextlib.nullcontext(), unseen(arguments[2])))
-                     if self.checkpoint_activations and self.training else self.update(*arguments))
+                if self.checkpoint_activations and self.training:
+                    contexts = contextlib.nullcontext(), unseen(arguments[2])  # first, again
+                    x = checkpoint(self.update, *arguments, use_reentrant=False,
+                                   context_fn=lambda: contexts)
+                else:
+                    x = self.update(*arguments)
             stages.append(x)
             x = merge(x)
         stages[-1] = self.backbone.norm(x)
@@ -470,25 +447,22 @@ class Lavish(nn.Module):
                 x = x + frozen + torch.cat([lav["visual"](v, a), lav["audio"](a, v)])
         return x
 
-
 @contextlib.contextmanager
 def unseen(module):
     """Batch norms do not add a batch to their running statistics: when a block is computed again
     for its backward pass, its batch has been counted already."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
-    for norm in norms:
+    kept = {m: m.momentum for m in module.modules() if isinstance(m, nn.BatchNorm1d)}
+    for norm in kept:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.momentum = 0.1  # torch's default, and the adapters'
-
+        for norm, momentum in kept.items():
+            norm.momentum = momentum
 
 # ---------------------------------------------------------------- the three tasks' heads
 #
 # Logits are float32 under autocast too, for the losses.
-
 
 class AVE(nn.Module):
     """Audio-visual event localisation: which event is seen and heard in each second (Sec. 4.1).
@@ -508,7 +482,6 @@ class AVE(nn.Module):
         streams = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
         pooled = [tokens[-1].mean(1) for tokens in streams if tokens]          # (B*T,d) each
         return self.head(torch.cat(pooled, -1)).view(B, T, -1).float()
-
 
 class TPAVI(nn.Module):
     """Temporal pixel-wise audio-visual interaction (AVSBench, ECCV 2022): every pixel of a clip
@@ -542,7 +515,6 @@ class TPAVI(nn.Module):
         y = self.out(theta @ (phi.transpose(1, 2) @ gbar / T))             # (B,T*H*W,C)
         return self.norm(x + self.bn(y.flatten(0, 1)).view(x.shape)).movedim(-1, 1)
 
-
 class ResidualUnit(nn.Module):
     """relu(x) + conv(relu(conv(relu(x)))): the shortcut is rectified too, because the released
     code's first relu works in place."""
@@ -554,7 +526,6 @@ class ResidualUnit(nn.Module):
     def forward(self, x):
         x = F.relu(x)
         return x + self.conv2(F.relu(self.conv1(x)))
-
 
 class AVS(nn.Module):
     """Audio-visual segmentation: a mask of what sounds, by AVSBench's decoder (Sec. 4.1).
@@ -611,7 +582,6 @@ class AVS(nn.Module):
                               mode="bilinear", align_corners=True)
         return self.mask(x)                                                    # (B*T,1,mask,mask)
 
-
 class TemporalGrounding(nn.Module):
     """When? The question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D)."""
 
@@ -626,7 +596,6 @@ class TemporalGrounding(nn.Module):
         z = self.attention(question[:, None], seconds, seconds, need_weights=False)[0][:, 0]
         # LN(z + MLP(z)) + mean_t s_t: the mean keeps what every second says, asked for or not.
         return self.norm(z + self.mlp(z)) + seconds.mean(1)
-
 
 class AVQA(nn.Module):
     """Audio-visual question answering, with the head of MUSIC-AVQA (Li et al., CVPR 2022).
@@ -691,16 +660,13 @@ class AVQA(nn.Module):
             views.append((cosine.softmax(1) * unit).sum(1))
         return self.visual_out(torch.cat(views, -1).tanh())
 
-
 # ---------------------------------------------------------------- two verbs to copy
-
 
 def freeze_all_but_adapters(model):
     """Leave only the LavishAdapters of a model trainable (then unfreeze the head by hand)."""
     model.requires_grad_(False)
     for adapter in (m for m in model.modules() if isinstance(m, LavishAdapter)):
         adapter.requires_grad_(True)
-
 
 def trained_state_dict(model):
     """What training changed, and no more: 40 MB beside a Swin-V2-L of 900.
@@ -711,18 +677,15 @@ def trained_state_dict(model):
                if any(p.requires_grad for p in module.parameters(recurse=False))}
     return {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] in trained}
 
-
 def load_trained_state_dict(model, state_dict, what="the checkpoint is of another configuration"):
     """The inverse of trained_state_dict; a key that does not fit is an InputError naming it."""
     check_keys(trained_state_dict(model), state_dict, what)
     model.load_state_dict(state_dict, strict=False)
 
-
 def count_parameters(model):
     """(trainable, total)."""
     return tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or total)
                  for total in (False, True))
-
 
 def main():
     """Print the paper's configurations: parameters here beside the paper's, in millions."""
@@ -744,7 +707,6 @@ def main():
     print("m latents, r reduction, g groups. Totals count the unused ImageNet-22k classifier, as\n"
           "the paper's do. The released decoder of AVS has 1.18 more, and the released head of\n"
           "AVQA 2.76 more, that they never use: with those, 64/ 8/4 has the paper's 21.1.")
-
 
 if __name__ == "__main__":
     main()

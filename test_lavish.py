@@ -22,7 +22,6 @@ import lavish
 import train
 from lavish import InputError, Lavish, LavishAdapter, WindowAttention, fbank, swin_v2
 
-
 def randomise(module, seed=0):
     """Every parameter and batch-norm statistic away from its start, so that a slip would show."""
     generator = torch.Generator().manual_seed(seed)
@@ -34,17 +33,14 @@ def randomise(module, seed=0):
             statistic.copy_(0.5 + 0.1 * noise(statistic).abs())
     return module
 
-
 def tiny_swin():
     """Three stages 8, 4 and 2 wide under a window of 4: shifted, unshifted, shrunken."""
     return randomise(lavish.SwinV2(16, (2, 2, 2), (2, 2, 4), 4, 32)).eval()
-
 
 def tiny_net(**settings):
     net = Lavish(tiny_swin(), latents=3, reduction=4, **settings)
     randomise(net.adapters, 1)
     return net
-
 
 def images(*batch, size=32, seed=0):
     """Noise as frames (*batch, 3, size, size) and as spectrograms (*batch, size, size)."""
@@ -52,14 +48,12 @@ def images(*batch, size=32, seed=0):
     return (torch.randn(*batch, 3, size, size, generator=generator),
             torch.randn(*batch, size, size, generator=generator))
 
-
 def write_picture(path, *greys, shape=(3, 24, 24)):
     """Upright stripes of these greys, as png or jpg, in a folder that may not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     row = torch.tensor(greys, dtype=torch.uint8).repeat_interleave(shape[2] // len(greys))
     write = torchvision.io.write_png if path.suffix == ".png" else torchvision.io.write_jpeg
     write(row.expand(shape).contiguous(), str(path))
-
 
 def write_pcm(path, samples, width=2, rate=16000, extensible=False):
     """(N, channels) floats as PCM of `width` bytes, in a folder that may not be there yet."""
@@ -73,7 +67,6 @@ def write_pcm(path, samples, width=2, rate=16000, extensible=False):
         old, more = path.read_bytes(), b"\x16\0\x18\0\0\0\0\0\1\0" + bytes(14)
         path.write_bytes(old[:16] + b"\x28\0\0\0\xfe\xff" + old[22:36] + more + old[36:])
 
-
 def one_line_error(capsys, *arguments):
     """What train.py says of bad input: one line on stderr, exit code 2, no results written."""
     settings = "--backbone nano --weights none --image-size 48 --workers 0 --device cpu --out run"
@@ -83,7 +76,6 @@ def one_line_error(capsys, *arguments):
     assert stop.value.code == 2 and "\n" not in error and error.startswith("train.py: "), error
     assert not Path("run/adapters.pt").exists() and not Path("run/result.json").exists()
     return error
-
 
 # ---------------------------------------------------------------- fbank
 def naive_fbank(sound, size, shift):
@@ -98,7 +90,6 @@ def naive_fbank(sound, size, shift):
     power = abs(np.fft.rfft(x * np.hanning(400), 512)) ** 2
     return np.log(np.maximum(power @ filters.T, np.finfo(np.float32).eps))
 
-
 @pytest.mark.parametrize("size, shift, rows", [(192, 83, 188), (48, 332, 47)])
 def test_fbank_is_the_textbook_log_mel_then_zero_rows_that_are_not_silence(size, shift, rows):
     sound = np.random.default_rng(0).standard_normal(16000) * 0.1
@@ -111,7 +102,6 @@ def test_fbank_is_the_textbook_log_mel_then_zero_rows_that_are_not_silence(size,
     with pytest.raises(ValueError, match="one second"):
         fbank(torch.zeros(15999))
 
-
 # ---------------------------------------------------------------- Swin-V2
 @torch.no_grad()
 def assert_same_tokens(ours, theirs, features, size):
@@ -121,14 +111,12 @@ def assert_same_tokens(ours, theirs, features, size):
     wanted = features(x).flatten(1, 2)
     assert (ours.eval()(x)[-1] - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max())
 
-
 @pytest.mark.parametrize("name", ["tiny", "small", "base"])
 def test_swin_equals_torchvision(name):
     ours, theirs = swin_v2(name), getattr(torchvision.models, f"swin_v2_{name[0]}")(weights=None)
     assert_same_tokens(ours, theirs, lambda x: theirs.norm(theirs.features(x)), 256)
     missing, extra = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not missing and all(k.startswith("head") or "relative" in k for k in extra)
-
 
 def test_swin_equals_timm_where_windows_shrink():
     timm = pytest.importorskip("timm", reason="timm is an oracle for tests alone: pip install timm")
@@ -138,6 +126,23 @@ def test_swin_equals_timm_where_windows_shrink():
         attn.offsets = lavish.log_offsets(attn.window, attn.window)  # timm was told no pretraining
     assert_same_tokens(ours, theirs, theirs.forward_features, 64)
 
+@pytest.mark.parametrize("side, w, shift", [(8, 4, 0), (8, 4, 2), (12, 6, 3), (3, 3, 0)])
+@torch.no_grad()
+def test_window_attention_equals_cosine_attention_over_all_pairs(side, w, shift):
+    """Every token beside every other one: who may look at whom, said without roll or window."""
+    attn, x = randomise(WindowAttention(8, 2, side, w, shift, w)), torch.randn(2, side * side, 8)
+    qkv = F.linear(x, attn.qkv.weight, attn.qkv.bias * attn.bias_mask).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in qkv)           # (B,heads,N,C')
+    place = torch.cartesian_prod(torch.arange(side), torch.arange(side))       # (N,2)
+    # Shifted windows start `shift` rows before the map, so that the border windows are cut short.
+    window = (place + (w - shift if shift else 0)) // w
+    o = (place[:, None] - place) * 8 / (w - 1)                                 # (N,N,2)
+    bias = 16 * torch.sigmoid(attn.cpb_mlp(o.sign() * (1 + o.abs()).log2() / 3)).permute(2, 0, 1)
+    cosine = F.cosine_similarity(q[..., None, :], k[:, :, None], -1)           # (B,heads,N,N)
+    scores = cosine * attn.logit_scale.exp().clamp(max=100) + bias
+    scores[:, :, (window[:, None] != window).any(-1)] = -torch.inf
+    wanted = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    assert (attn(x) - attn.proj(wanted)).abs().max() < 1e-5
 
 def test_microsoft_checkpoint_loads_from_a_path_with_a_space(tmp_path, monkeypatch):
     swin, path, x = tiny_swin(), tmp_path / "swin v2.pth", images(2)[0]
@@ -158,6 +163,14 @@ def test_microsoft_checkpoint_loads_from_a_path_with_a_space(tmp_path, monkeypat
     monkeypatch.setitem(lavish.SWIN_V2, "test", (16, (2, 2, 2), (2, 2, 4), 4, 32))
     assert torch.equal(swin_v2("test", weights=train.load_file(path)).eval()(x)[-1], swin(x)[-1])
 
+@pytest.mark.parametrize("damage, fault", [
+    (lambda s: s.pop("norm.weight"), "missing norm.weight"),
+    (lambda s: s.update(more=torch.zeros(1)), "extra more"),
+    (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"norm.bias is \(3,\), not \(64,\)")])
+def test_weights_that_do_not_fit_are_named(damage, fault):
+    damage(state := tiny_swin().state_dict())
+    with pytest.raises(InputError, match=fault):
+        lavish.load_swin_weights(tiny_swin(), state)
 
 def test_position_bias_is_kept_when_frozen_and_trainable_when_not():
     swin, x = tiny_swin(), images(1)[0]
@@ -169,7 +182,6 @@ def test_position_bias_is_kept_when_frozen_and_trainable_when_not():
     assert attn.bias() is kept
     attn.load_state_dict(randomise(WindowAttention(16, 2, 8, 4, 2, 4), 5).state_dict())
     assert not torch.equal(attn.bias(), kept)
-
 
 # ---------------------------------------------------------------- the adapter
 def naive_adapter(a, x, y, training):
@@ -196,7 +208,6 @@ def naive_adapter(a, x, y, training):
     rows = convolve(batch_norm(rows, "bn_down").clamp(min=0), a["up.weight"])
     return (a["gate"] * layer_norm(batch_norm(rows, "bn_up"), "norm_out")).view(x.shape)
 
-
 @pytest.mark.parametrize("training", [False, True])
 @torch.no_grad()
 def test_adapter_equals_the_equations(training):
@@ -204,7 +215,6 @@ def test_adapter_equals_the_equations(training):
     state = {k: v.clone() for k, v in adapter.state_dict().items()}
     x, y = torch.randn(2, 5, 12), torch.randn(2, 4, 12)
     assert (adapter(x, y) - naive_adapter(state, x, y, training)).abs().max() < 1e-5
-
 
 def test_adapter_stands_alone_in_sixty_lines_and_is_what_stays_trainable():
     source, scope = inspect.getsource(LavishAdapter), {}
@@ -217,7 +227,6 @@ def test_adapter_stands_alone_in_sixty_lines_and_is_what_stays_trainable():
     model = nn.ModuleDict({"vit": nn.Linear(16, 16), "adapter": LavishAdapter(16)})
     lavish.freeze_all_but_adapters(model)
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"adapter"}
-
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_random_latents_differ_after_training_and_zero_ones_never_part(zeros):
@@ -235,7 +244,6 @@ def test_random_latents_differ_after_training_and_zero_ones_never_part(zeros):
     spread, size = adapter.latents.std(0).max(), adapter.latents.abs().max()
     assert (spread < 1e-5 and size > 0.05) if zeros else spread > 0.1  # zeros move, all together
 
-
 # ---------------------------------------------------------------- two streams
 @torch.no_grad()
 def test_closed_gates_leave_the_frozen_backbone_alone_and_drop_path_acts_in_training():
@@ -248,7 +256,6 @@ def test_closed_gates_leave_the_frozen_backbone_alone_and_drop_path_acts_in_trai
         assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(ours, net.backbone(x)))
     assert not torch.allclose(net.train()(frames, spectrograms)[1][-1], ours[-1], atol=1e-2)
 
-
 def tiny_head(head, mask_size=20, **settings):
     """A task's model on the tiny net, with all that is trainable randomised, and its inputs."""
     net = tiny_net(**settings)
@@ -258,7 +265,6 @@ def tiny_head(head, mask_size=20, **settings):
         randomise(part, 3)
     foreign = (QUESTION, images(2, 3, seed=1)[0]) if head == "avqa" else ()
     return model.train(), (*images(2, 3), *foreign)
-
 
 def gradients(model, inputs):
     """Outputs and gradients of one training step without dropout, by name."""
@@ -270,7 +276,6 @@ def gradients(model, inputs):
     sum(x.sin().sum() for x in outputs).backward()
     return {**dict(enumerate(outputs)),
             **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}}
-
 
 @pytest.mark.parametrize("head", ["ave", "avs", "avqa"])
 def test_the_released_way_gives_the_same_outputs_and_gradients(head, monkeypatch):
@@ -287,7 +292,6 @@ def test_the_released_way_gives_the_same_outputs_and_gradients(head, monkeypatch
     theirs = gradients(model, inputs)
     assert all((ours[k] - theirs[k]).abs().max() < 1e-6 * (1 + theirs[k].abs().max()) for k in ours)
 
-
 @pytest.mark.parametrize("head", ["ave", "avqa"])
 def test_recomputed_activations_give_the_same_gradients_and_statistics(head):
     (plain, inputs), (lean, _) = (tiny_head(head, checkpoint_activations=c) for c in (False, True))
@@ -298,7 +302,6 @@ def test_recomputed_activations_give_the_same_gradients_and_statistics(head):
     lean.net.update = lambda *arguments: calls.append(1) or plain.net.update(*arguments)
     gradients(lean, inputs)
     assert len(calls) == 2 * len(plain.net.adapters)
-
 
 def test_bf16_is_close_and_trains_in_fp32(toy):
     logits, inputs = {}, images(2, 3, size=48)
@@ -313,7 +316,6 @@ def test_bf16_is_close_and_trains_in_fp32(toy):
     assert model.net.backbone.stages[0][0][0].mlp[0].weight.dtype == torch.bfloat16
     error = (logits["bf16"] - logits["fp32"]).abs().max()
     assert logits["bf16"].dtype == torch.float32 and 1e-4 < error < 0.1 * logits["fp32"].std()
-
 
 def test_training_changes_adapters_and_head_only_and_they_are_what_a_checkpoint_holds():
     model, other = (lavish.AVE(net, 4) for net in (tiny_net(), Lavish(tiny_swin(), 3, 4)))
@@ -332,9 +334,8 @@ def test_training_changes_adapters_and_head_only_and_they_are_what_a_checkpoint_
     assert "net.adapters.0.0.visual.bn_up.running_mean" in state
     lavish.load_trained_state_dict(other, state)
     assert torch.equal(model.eval()(*images(1, 2)), other.eval()(*images(1, 2)))
-    with pytest.raises(InputError, match=r"latents is \(3, 16\), not \(2, 16\)"):
+    with pytest.raises(InputError, match=r"another configuration.*latents is \(3, 16\), not \(2,"):
         lavish.load_trained_state_dict(lavish.AVE(Lavish(tiny_swin(), 2, 4), 4), state)
-
 
 @pytest.mark.parametrize("head", ["ave", "avqa"])
 @pytest.mark.parametrize("kept, out", [("visual", "audio"), ("audio", "visual")])
@@ -348,13 +349,11 @@ def test_one_modality_leaves_the_other_out(head, kept, out):
         (f1, s1), (f2, s1) if kept == "audio" else (f1, s2), (f2, s2)))
     assert torch.equal(first, changed) and not torch.equal(first, other)
 
-
 def test_nano_and_large_have_the_sizes_meant():
     stages = swin_v2("nano")(images(1, size=48)[0])
     assert [tokens.shape[1:] for tokens in stages] == [(144, 32), (36, 64), (9, 128)]
     with torch.device("meta"):
         assert [blocks[0].attn.window for blocks, _ in swin_v2("large").stages] == [12, 12, 12, 6]
-
 
 # ---------------------------------------------------------------- segmentation
 @pytest.mark.parametrize("mask_size", [20, 33])
@@ -373,7 +372,6 @@ def test_masks_of_any_size_and_the_first_one_alone(mask_size):
     every = gradients(model.train(), (frames, spectrograms, True)).values()
     assert all(gradient is not None for gradient in every)  # each part of the decoder learns
 
-
 def naive_f_score(probabilities, masks):
     """AVSBench's definition, threshold by threshold, over the whole split."""
     scores, thresholds = [], np.linspace(0, 1 - 1e-10, 255, dtype=np.float32)[:, None, None]
@@ -383,7 +381,6 @@ def naive_f_score(probabilities, masks):
             precision, recall = hits / (found + 1e-20), hits / m.sum()
             scores.append(1.3 * precision * recall / np.maximum(0.3 * precision + recall, 1e-20))
     return np.mean(scores, 0).max()
-
 
 def test_mask_scores_by_their_definitions():
     torch.manual_seed(0)
@@ -397,7 +394,6 @@ def test_mask_scores_by_their_definitions():
     for batch in (slice(0, 2), slice(2, 5)):
         score.update(logits[batch], masks[batch])
     assert abs(score.compute() - naive_f_score(logits.sigmoid(), masks)) < 1e-5
-
 
 @pytest.fixture
 def avs_root(tmp_path):
@@ -413,7 +409,6 @@ def avs_root(tmp_path):
         write_pcm(place("audio_wav").with_suffix(".wav"), np.full((80000, 2), 0.1))
     (root / "s4_meta_data.csv").write_text("\n".join(rows))
     return root
-
 
 def test_avs_items_however_masks_are_stored_and_columns_named(avs_root):
     stored = ((0, 1, True), (0, 255, True), (60, 200, True), (0, 0, False))  # off, on, is it a mask
@@ -432,10 +427,8 @@ def test_avs_items_however_masks_are_stored_and_columns_named(avs_root):
         (avs_root / "s4_meta_data.csv").write_text(text)
         assert data.AVSBench(str(avs_root), "val", 48).clips == [("-val 1", "tabla")], text
 
-
 # ---------------------------------------------------------------- question answering
 QUESTION = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 1]])
-
 
 @torch.no_grad()
 def test_grounding_equals_a_loop_over_positions():
@@ -446,7 +439,6 @@ def test_grounding_equals_a_loop_over_positions():
         grounded = sum(w * token / token.norm() for w, token in zip(cosines.softmax(0), tokens))
         both = torch.cat([sum(tokens) / 4, grounded]).tanh()
         assert torch.allclose(seen, model.visual_out(both), atol=1e-5)
-
 
 @torch.no_grad()
 def test_foreign_frames_pass_the_frozen_backbone_in_training_alone():
@@ -462,7 +454,6 @@ def test_foreign_frames_pass_the_frozen_backbone_in_training_alone():
     pairs = torch.cat([heard.repeat(2, 1), model.ground(views, heard.repeat(2, 1))], 1)
     assert torch.equal(answer, again) and torch.allclose(match, model.match(pairs), atol=1e-5)
 
-
 # ---------------------------------------------------------------- wav, jpg, AVE's layout
 @pytest.mark.parametrize("width, rate, channels, extensible", [
     (1, 16000, 1, False), (2, 44100, 2, False), (2, 8000, 1, False), (3, 48000, 6, True),
@@ -476,7 +467,6 @@ def test_read_wav(tmp_path, width, rate, channels, extensible):
     assert sound.dtype == torch.float32 and sound.shape == (32000,)
     error = abs(sound.numpy() - tone(16000) / channels)
     assert error[1000:-1000].max() < (0.01 if width == 1 else 1e-3)  # resampling rings at the ends
-
 
 @pytest.fixture
 def ave_root(tmp_path):
@@ -495,7 +485,6 @@ def ave_root(tmp_path):
         (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return root
 
-
 def test_ave_items_with_and_without_a_header(ave_root):
     dataset = data.AVE(str(ave_root), "test", 48)
     assert dataset.categories == ["Church bell", "Frying (food)"]
@@ -512,7 +501,6 @@ def test_ave_items_with_and_without_a_header(ave_root):
     (ave_root / "Annotations.txt").write_text((ave_root / "trainSet.txt").read_text())  # no header
     assert data.AVE(str(ave_root), "train", 48).categories == dataset.categories
 
-
 def test_seconds_are_cut_on_the_second_and_past_the_end_is_silence(ave_root, avs_root):
     seconds = data.seconds_of(torch.arange(40000.0), 4)
     assert seconds[:, 0].tolist() == [0, 16000, 32000, 0] and seconds[2, 8000] == 0
@@ -524,7 +512,6 @@ def test_seconds_are_cut_on_the_second_and_past_the_end_is_silence(ave_root, avs
         assert data.check_files(dataset) == [str(wav)]
         spectrograms, silence = dataset[i][1], fbank(torch.zeros(16000), 48)
         assert (spectrograms[4:] == silence).all() and spectrograms.isfinite().all()
-
 
 @pytest.fixture
 def avqa_root(tmp_path):
@@ -546,7 +533,6 @@ def avqa_root(tmp_path):
         (root / f"avqa-{split}.json").write_text(json.dumps(chosen))
     return root
 
-
 def test_avqa_vocabulary_and_items(avqa_root):
     dataset = data.MusicAVQA(str(avqa_root), "train", 48)
     assert dataset.vocabulary == {
@@ -567,7 +553,6 @@ def test_avqa_vocabulary_and_items(avqa_root):
     kept = data.MusicAVQA(str(avqa_root), "test", 48, vocabulary=dataset.vocabulary)
     assert len(kept) == 2 and len(kept[0]) == 4 and kept[1][2][0] == 12
 
-
 @pytest.mark.parametrize("old, new, fault", [
     ("[{", "[{]", "avqa-val.json is not the JSON of MUSIC-AVQA"),
     ("anser", "answer", "question 1: .*anser.* is missing or wrong"),
@@ -582,7 +567,6 @@ def test_bad_questions_end_in_one_line(avqa_root, monkeypatch, capsys, old, new,
     error = one_line_error(capsys, "avqa", "--data", ".")
     assert old in text and re.search(fault, error), error
 
-
 def test_missing_and_misshaped_masks_end_in_one_line(avs_root, monkeypatch, capsys):
     monkeypatch.chdir(avs_root)
     mask = next(avs_root.glob("s4_data/gt_masks/val/*/*/*_2.png"))
@@ -590,7 +574,6 @@ def test_missing_and_misshaped_masks_end_in_one_line(avs_root, monkeypatch, caps
     assert "_2.png is 24 x 20, not 24 x 24 as" in one_line_error(capsys, "avs", "--data", ".")
     mask.unlink()
     assert "1 of 1 clips lack files, first" in one_line_error(capsys, "avs", "--data", ".")
-
 
 # ---------------------------------------------------------------- the toy and the command line
 @pytest.fixture(scope="session")
@@ -605,7 +588,6 @@ def toy(tmp_path_factory):
     assert swin_v2("nano", weights=train.load_file(nano)).norm.weight.shape == (128,)
     return folder
 
-
 def test_nano_is_pretrained_once_and_toy_clips_need_both_senses(toy):
     nano, written = str(toy / "nano.pt"), (toy / "nano.pt").stat().st_mtime
     assert train.pretrain_nano(nano, "cpu") == nano and Path(nano).stat().st_mtime == written
@@ -614,7 +596,6 @@ def test_nano_is_pretrained_once_and_toy_clips_need_both_senses(toy):
     assert abs(dataset[0][1].mean()) < 1 and 0.2 < dataset[0][1].std() < 1  # the spectrograms
     events = torch.stack([dataset.labels(i) for i in range(6)]) < len(dataset.categories)
     assert 0.3 <= events.float().mean() <= 0.7
-
 
 def test_train_ave_writes_what_it_promises(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -631,7 +612,6 @@ def test_train_ave_writes_what_it_promises(toy, tmp_path, monkeypatch, capsys):
     assert {p.name for p in Path("again").iterdir()} == {"adapters.pt", "log.jsonl", "result.json"}
     saved = torch.load("again/adapters.pt", weights_only=True)
     assert saved["settings"]["epochs"] == 2 and not any("backbone" in k for k in saved["trained"])
-
 
 @pytest.mark.parametrize("task, clips, more, key", [("avs", 4, "test.png", "f_score"),
                                                     ("avqa", 90, "log.jsonl", "per_type")])
@@ -657,7 +637,6 @@ def test_small_toy_runs(toy, tmp_path, monkeypatch, capsys, task, clips, more, k
     else:
         assert torchvision.io.decode_image("run/test.png").float().std() > 20
 
-
 def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy, ave_root):
     """Each option changes the settings in force, and the ones that shape the net change the net."""
     parse = lambda *more: train.parse(["ave", "--data", str(toy / "ave"), *more])
@@ -677,7 +656,6 @@ def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy,
     assert (args.backbone, args.image_size, args.latents, args.reduction, args.groups,
             args.batch_size, args.lr, args.head_lr) == ("large", 192, 2, 8, 2, 2, 5e-6, 4e-6)
 
-
 @pytest.mark.parametrize("path, damage, options, fault", [  # damage: bytes to write or a new name
     ("AVE data", "gone", "", "no data folder .*AVE data; make a toy one: python data.py"),
     ("*/valSet.txt", "gone", "", "no .*valSet.txt"),
@@ -692,6 +670,8 @@ def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy,
     ("*/train*", b"Whale&x_1&good&0&10", "", "trainSet.txt, line 1: 'Whale&x_1.*category of Annot"),
     ("none", "", "--backbone huge", "unknown backbone 'huge'.*nano, tiny"),
     ("none", "", "--backbone tiny --image-size 192", "192.*windows of 8.*64, 128, 256"),
+    ("*/train*", b"Church bell,x_1", "", "trainSet.txt, line 1"),
+    ("none", "", "--image-size 50", "image size 50 does not divide"),
     ("none", "", "--reduction 7", "--reduction and --groups do not fit nano: dim 32"),
     ("none", "", "--weights missing.pth", "no weights at missing.pth"),
     ("w.pth", b"\0\1\2", "--weights w.pth", "w.pth is not a checkpoint"),
@@ -709,25 +689,16 @@ def test_bad_input_ends_in_one_line(ave_root, monkeypatch, capsys, path, damage,
     error = one_line_error(capsys, "ave", "--data", str(ave_root), *options.split())
     assert re.search(fault, error), error
 
-
-TWO_PROCESSES = '''
-import torch, train
-finish = train.finish
-def spy(args, model, *results, **more):
-    torch.save(model.state_dict(), f"rank{train.process()[0]}.pt")
-    finish(args, model, *results, **more)
-train.finish = spy
-train.main()
-'''
-
-
 def test_two_processes_train_one_model_and_score_as_one(toy, tmp_path, monkeypatch):
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    keep = ("import torch, train; finish = train.finish; train.finish = lambda args, model, *more, "
+            "**most: (torch.save(model.state_dict(), f'rank{train.process()[0]}.pt'), "
+            "finish(args, model, *more, **most)); train.main()")
     arguments = ["ave", "--data", str(toy / "ave"), "--epochs=1", "--batch-size=2", "--device=cpu"]
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc_per_node=2", "two.py", *arguments], check=True)
+                    "--nproc_per_node=2", "--no-python", sys.executable, "-c", keep, *arguments],
+                   check=True)
     first, second = (torch.load(f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
     args = train.parse(arguments)
@@ -736,7 +707,6 @@ def test_two_processes_train_one_model_and_score_as_one(toy, tmp_path, monkeypat
     train.load_checkpoint(args, model)
     score = train.score_ave(model, loaders["test"], "cpu")
     assert score == json.loads(Path("runs/ave/result.json").read_text())["test"]
-
 
 def test_commands_run_as_a_person_types_them(toy, tmp_path):
     python = lambda *arguments: subprocess.run(

@@ -52,7 +52,6 @@ RECIPES = {
     ("avqa", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=1.5e-3,
                           head_lr=5e-4, lr_decay=0.9, hidden=128, moments=2, epochs=8)}
 
-
 TORCHVISION = "https://download.pytorch.org/models/swin_v2_{}.pth"
 MICROSOFT = ("https://github.com/SwinTransformer/storage/releases/download/v2.0.0/"
              "swinv2_{}_patch4_window12_192_22k.pth")
@@ -60,9 +59,7 @@ IMAGENET = {"tiny": TORCHVISION.format("t-b137f0e2"), "small": TORCHVISION.forma
             "base": TORCHVISION.format("b-781e5279"), "base12": MICROSOFT.format("base"),
             "large": MICROSOFT.format("large")}
 
-
 # ---------------------------------------------------------------- AVE
-
 
 def train_ave(args):
     """Audio-visual event localisation: settings -> test accuracy over all seconds."""
@@ -97,7 +94,6 @@ def train_ave(args):
             "if all were called background": background,
             "if every clip's event filled it": 1 - background})
 
-
 @torch.no_grad()
 def score_ave(model, loader, device):
     """The share of seconds with the right label, over all seconds of a split."""
@@ -108,9 +104,7 @@ def score_ave(model, loader, device):
         right += (found == labels).float().mean(1).tolist()
     return float(np.mean(gather(right)))
 
-
 # ---------------------------------------------------------------- AVS
-
 
 def train_avs(args):
     """Audio-visual segmentation: settings -> mean IoU over all test frames, and the F score."""
@@ -145,7 +139,6 @@ def train_avs(args):
            {f"test mean IoU, {len(sets['test'])} clips x 5 frames": test,
             "test F score (beta^2 = 0.3)": f_score}, f_score=f_score)
 
-
 @torch.no_grad()
 def score_avs(model, loader, device):
     """(mean IoU over all frames of a split, F score)."""
@@ -158,14 +151,12 @@ def score_avs(model, loader, device):
     f_score.total, f_score.frames = (sum(gather([x])) for x in (f_score.total, f_score.frames))
     return float(np.mean(gather(ious))), f_score.compute()
 
-
 def mask_iou(logits, masks):
     """Logits and 0/1 masks (N,H,W) -> IoU of each frame (N,), as AVSBench counts it: an empty
     mask scores the share of pixels predicted empty."""
     p, m = logits.flatten(1) > 0, masks.flatten(1) > 0                         # (N,H*W)
     iou = (p & m).sum(1) / (p | m).sum(1).clamp(min=1)
     return torch.where(m.any(1), iou, (~p).float().mean(1))
-
 
 class FScore:
     """(1 + b) P R / (b P + R) with b = 0.3, at the best of 255 thresholds; frames with an empty
@@ -194,7 +185,6 @@ class FScore:
     def compute(self):
         return (self.total.max() / max(self.frames, 1)).item()
 
-
 @torch.no_grad()
 def picture_avs(model, dataset, args, clips=6, tile=96):
     """Test clips as rows of a PNG in --out: frames, spectrograms, true masks, predicted masks."""
@@ -214,9 +204,7 @@ def picture_avs(model, dataset, args, clips=6, tile=96):
     data.write_atomic(os.path.join(args.out, "test.png"),
                       torchvision.io.encode_png((grid * 255).byte()).numpy().tobytes())
 
-
 # ---------------------------------------------------------------- AVQA
-
 
 def train_avqa(args):
     """Audio-visual question answering: settings -> test accuracy, per type and over all."""
@@ -260,7 +248,6 @@ def train_avqa(args):
            {**table, f"test accuracy, {len(right)} questions": test,
             "from the words of the question alone": words_alone(sets)}, per_type=table)
 
-
 @torch.no_grad()
 def score_avqa(model, loader, device):
     """For each question of a split, whether it is answered rightly."""
@@ -269,7 +256,6 @@ def score_avqa(model, loader, device):
     for *batch, answer in bar(loader, "score"):
         right += (model(*(x.to(device) for x in batch))[0].argmax(-1).cpu() == answer).tolist()
     return gather(right)
-
 
 def words_alone(sets):
     """Test accuracy of the commonest training answer to the same words, or to any if unknown."""
@@ -281,9 +267,7 @@ def words_alone(sets):
     return float(np.mean([guess.get(tuple(q["words"]), guess[None]) == q["answer"]
                           for q in sets["test"].questions]))
 
-
 # ---------------------------------------------------------------- cost
-
 
 def bench(args):
     """The cost of a task on random data at any size: a row for each of --latents, with --baseline
@@ -295,7 +279,8 @@ def bench(args):
           "\n            GFLOP a clip  clips/s, median (min to max)               GB +  of matrix\n"
           "latents      eval  train  training           evaluation           weights       rate")
     rows, spawn = [], multiprocessing.get_context("spawn")
-    for m, released in [(args.latents[0], True)] * args.baseline + [(m, 0) for m in args.latents]:
+    cases = [(args.latents[0], True)] * args.baseline + [(m, False) for m in args.latents]
+    for m, released in cases:
         with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
             rows.append(row := pool.submit(measure, args, m, released).result())
         speeds = ["{1:.3g} ({0:.3g}-{2:.3g})".format(*row[k]) for k in ("train", "eval")]
@@ -308,7 +293,6 @@ def bench(args):
               f"peak memory {rows[1]['peak'] / rows[0]['peak']:.2f}")
     if args.out:
         data.write_atomic(args.out, json.dumps({"settings": vars(args), "rows": rows}).encode())
-
 
 def measure(args, latents, released):
     """One row of bench, in a process of its own: a dict."""
@@ -338,7 +322,7 @@ def measure(args, latents, released):
 
     counted = {**vars(args), "precision": "fp32", "checkpoint_activations": False}
     model, inputs, more = build(argparse.Namespace(**counted), "meta")  # shapes without memory
-    row = {"latents": latents, "released": bool(released)}
+    row = {"latents": latents, "released": released}
     for key, run in (("gflop", lambda: model(*inputs)),
                      ("step_gflop", lambda: step(model, inputs, more))):
         with FlopCounterMode(display=False) as counter:
@@ -359,7 +343,6 @@ def measure(args, latents, released):
     rate = speed(args, lambda: a @ a)[1] / args.batch_size * 2 * 4096 ** 3 / 1e9
     return {**row, "share": row["train"][1] * row["step_gflop"] / rate}
 
-
 def speed(args, run):
     """[least, median, most] clips a second over --repeat runs, after one to warm up."""
     seconds = []
@@ -371,14 +354,12 @@ def speed(args, run):
         seconds.append(time.perf_counter() - start)
     return [float(args.batch_size / q) for q in np.quantile(seconds[1:], (1, 0.5, 0))]
 
-
 def peak_memory(device):
     """Bytes: of the GPU, or of this process."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
 
 def as_released():
     """From here on this process computes as the authors' release does: a pass per stream, position
@@ -408,28 +389,25 @@ def as_released():
     lavish.WindowAttention.bias = lavish.WindowAttention.compute_bias
     lavish.attend = lambda q, k, v, bias: (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
 
-
 def bench_loader(args):
     """Clips a second of AVE's loader, beside a loop that opens the wav anew for each second."""
     dataset = data.AVE(args.data, "train", args.image_size)
     dataset = torch.utils.data.Subset(dataset, range(min(len(dataset), 24 * args.repeat)))
-    loader = torch.utils.data.DataLoader(dataset, 4, num_workers=args.workers)
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    ours = len(dataset) / (time.perf_counter() - start)
+
+    def rate(clips):
+        start = time.perf_counter()
+        for _ in clips:
+            pass
+        return len(dataset) / (time.perf_counter() - start)
+
+    ours = rate(torch.utils.data.DataLoader(dataset, 4, num_workers=args.workers))
     read, of_a_second = data.AVE.sound, range(data.AVE.seconds)
     data.AVE.sound = lambda self, i: torch.stack([read(self, i)[t] for t in of_a_second])
-    start = time.perf_counter()
-    for item in dataset:
-        pass
-    naive = len(dataset) / (time.perf_counter() - start)
+    naive = rate(dataset)
     print(f"{args.data}, {args.image_size} px, {args.workers} workers: {ours:.1f} clips/s, a wav "
           f"opened per second {naive:.1f}: {ours / naive:.1f} times")
 
-
 # ---------------------------------------------------------------- what the loops share
-
 
 def build_net(args):
     """The frozen backbone with its adapters, as the settings say."""
@@ -443,7 +421,6 @@ def build_net(args):
                              args.drop_path, args.checkpoint_activations)
     except ValueError as error:  # the adapter's own words about its dim
         raise InputError(f"--reduction and --groups do not fit {args.backbone}: {error}") from None
-
 
 def load_weights(args):
     """The backbone's state dict by --weights: None for "none", nano's own for "toy", the published
@@ -463,7 +440,6 @@ def load_weights(args):
         raise InputError(f"cannot download the weights ({error}); fetch {url} elsewhere and put "
                          f"it into {torch.hub.get_dir()}/checkpoints") from None
 
-
 def load_file(path):
     """torch.load for tensors alone: a file from a stranger cannot run code."""
     try:
@@ -473,7 +449,6 @@ def load_file(path):
     except Exception as error:  # what torch raises for a file that is none is not documented
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
-
 
 @torch.random.fork_rng()  # a run that finds it done starts from the same random state
 def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
@@ -505,7 +480,6 @@ def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
     data.save_atomic(backbone.cpu().state_dict(), path)
     return path
 
-
 def prepare(args, model):
     """What the options ask of a model: -> (what to call in training, the optimiser)."""
     model.to(args.device)
@@ -525,14 +499,12 @@ def prepare(args, model):
     # It averages the gradients of what is trainable. Batch norms see their own process's clips.
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False), optimizer
 
-
 def settle(model):
     """Ready to score: the first process's batch-norm statistics on all, as in its checkpoint."""
     model.eval()
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-
 
 def gather(items):
     """The items of all processes, in the order of the data set: process r has every r-th one."""
@@ -542,15 +514,12 @@ def gather(items):
     dist.all_gather_object(parts, items)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
-
 def process():
     """(rank, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-
 def trainable(module):
     return [p for p in module.parameters() if p.requires_grad]
-
 
 def open_data(args, kind, **settings):
     """The three splits and their loaders, with every file known to be there."""
@@ -572,23 +541,21 @@ def open_data(args, kind, **settings):
             persistent_workers=args.workers > 0, pin_memory=args.device != "cpu")
     return sets, loaders
 
-
 def end_epoch(args, model, optimizer, log, losses, val, best, start):
     """Log an epoch, keep the model if it is the best on val, decay. Returns the best val so far."""
     log.append({"epoch": len(log) + 1, "loss": float(np.mean(losses)), "val": val,
                 "seconds": time.time() - start})
     print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(**log[-1]),
           "  best so far" if val > best else "", flush=True)
-    if val > best and process()[0] == 0:  # chosen on val; the release chooses AVE, AVS on test
-        data.save_atomic({"settings": vars(args), "trained": lavish.trained_state_dict(model)},
-                         os.path.join(args.out, "adapters.pt"))
     if process()[0] == 0:
+        if val > best:  # chosen on val; the released AVE and AVS code choose on test
+            data.save_atomic({"settings": vars(args), "trained": lavish.trained_state_dict(model)},
+                             os.path.join(args.out, "adapters.pt"))
         data.write_atomic(os.path.join(args.out, "log.jsonl"),
                           "".join(json.dumps(entry) + "\n" for entry in log).encode())
     for group in optimizer.param_groups:
         group["lr"] *= args.lr_decay
     return max(val, best)
-
 
 def load_checkpoint(args, model):
     if dist.is_initialized():
@@ -596,7 +563,6 @@ def load_checkpoint(args, model):
     path = os.path.join(args.out, "adapters.pt")
     lavish.load_trained_state_dict(model, load_file(path)["trained"],
                                    f"{path} is of another configuration")
-
 
 def finish(args, model, start, metric, test, table, **more):
     """Write result.json, print the closing table and the command to type next."""
@@ -618,9 +584,8 @@ def finish(args, model, start, metric, test, table, **more):
           f"{'time':45} {seconds:.0f} s\n\n"
           f"{args.out} holds adapters.pt, log.jsonl, result.json")
 
-
-def parse(arguments=None):
-    """The command line; options that were not given come from the recipe of task and data."""
+def command_line():
+    """The parser of all commands."""
     net = argparse.ArgumentParser(add_help=False)  # what a net is made of
     option = net.add_argument
     option("--backbone", help=", ".join(lavish.SWIN_V2))
@@ -668,7 +633,11 @@ def parse(arguments=None):
     cost.add_argument("--data", default="toy/ave", help="for the loader")
     cost.add_argument("--workers", type=int, default=2, help="for the loader")
     cost.add_argument("--out", help="a JSON file for the figures")
-    args = parser.parse_args(arguments)
+    return parser
+
+def parse(arguments=None):
+    """The settings: what the command line gives, and for the rest the recipe of task and data."""
+    args = command_line().parse_args(arguments)
     if args.precision is None:
         gpu = args.device.startswith("cuda") and torch.cuda.is_available()
         args.precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
@@ -686,7 +655,6 @@ def parse(arguments=None):
     args.out = args.out or f"runs/{args.task}"
     return fill(args, RECIPES[args.task, "toy" if toy else "real"])
 
-
 def keep_memory():
     """glibc gives large tensors back to the system at once and gets new ones page by page, zeroed:
     up to a fifth of a step on a CPU. Told so, it keeps them."""
@@ -694,20 +662,17 @@ def keep_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: freed memory stays
 
-
 def positive(text):
     """An argparse type; the message names it."""
     if int(text) < 1:
         raise ValueError
     return int(text)
 
-
 def fill(args, recipe):
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     return args
-
 
 def main(arguments=None):
     try:
@@ -737,7 +702,6 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("stopped; the best epoch so far is in --out", file=sys.stderr)
         sys.exit(130)
-
 
 if __name__ == "__main__":
     main()
