@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: MIT
 """Data: sound and frames from disk, the data sets' layouts, and toy data in the same layouts.
 
-    python data.py toy TASK DIR         write the toy data set (train.py does so by itself)
+    python data.py extract VIDEOS DIR   frames and sounds of a folder of videos, by ffmpeg
+    python data.py check TASK DIR       read every clip, and say what is missing or damaged
     python data.py stats TASK DIR       mean and std of a data set's spectrograms, kept in DIR
+    python data.py toy TASK DIR         write the toy data set (train.py does so by itself)
 
 TASK is ave, avs or avqa. Read in this order: read_wav and read_frame, AVE, AVSBench, MusicAVQA,
-then the toy world (what its instruments look and sound like) and the toy data sets made from it.
+then the toy world (what its instruments look and sound like) and the toy data sets made from it,
+then the commands.
 """
 import argparse
+import contextlib
 import csv
 import io
 import json
+import multiprocessing.pool
 import os
 import shutil
+import subprocess
 import sys
 import wave
 
@@ -24,33 +30,27 @@ from tqdm import tqdm
 
 from lavish import AVE_MEAN, AVE_STD, SAMPLE_RATE, InputError, fbank
 
-EXTRACT = ("for each: ffmpeg -i ID.mp4 -vf fps=1 video_frames/ID/%04d.jpg "
-           "-ac 1 -ar 16000 raw_audio/ID.wav")
+EXTRACT = "made from a folder of videos by: python data.py extract VIDEOS DIR"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def open_wav(path):
     """An open wave.Wave_read; an InputError if the file is missing or no PCM wav."""
     try:
-        try:
-            return wave.open(path)
-        except wave.Error as error:
-            # 24 bit and multichannel files come as WAVE_FORMAT_EXTENSIBLE (65534), which `wave`
-            # reads from Python 3.12 on only. For PCM inside it, the plain tag says the same.
-            if "65534" not in str(error):
-                raise
-            with open(path, "rb") as file:
-                raw = bytearray(file.read())
-            tag = raw.index(b"fmt ") + 8
-            if raw[tag + 24:tag + 26] != b"\x01\x00":
-                raise
-            raw[tag:tag + 2] = b"\x01\x00"
-            return wave.open(io.BytesIO(raw))
+        # 24 bit and multichannel files come as WAVE_FORMAT_EXTENSIBLE (65534), which `wave` reads
+        # from Python 3.12 on only. For PCM inside it, the plain tag says the same.
+        with open(path, "rb") as file:
+            head = file.read(100)
+            tag = head.find(b"fmt ") + 8
+            if head[tag:tag + 2] + head[tag + 24:tag + 26] == b"\xfe\xff\1\0":
+                head = head[:tag] + b"\1\0" + head[tag + 2:]
+                return wave.open(io.BytesIO(head + file.read()))
+        return wave.open(path)
     except FileNotFoundError:
         raise InputError(f"no sound at {path}") from None
     except (wave.Error, EOFError, OSError) as error:
-        reason = str(error) or "it ends too early"
-        raise InputError(f"{path} is not a PCM wav ({reason}); convert it: ffmpeg -i IN -ac 1 "
-                         f"-ar {SAMPLE_RATE} -c:a pcm_s16le OUT.wav") from None
+        raise InputError(f"{path} is not a PCM wav ({str(error) or 'it ends too early'}); convert "
+                         f"it: ffmpeg -i IN -ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le OUT.wav"
+                         ) from None
 
 def read_wav(path):
     """(N,) float32 mono at 16 kHz in [-1, 1], from PCM of 8, 16, 24 or 32 bit, any rate, channels.
@@ -77,8 +77,8 @@ def read_image(path):
     try:
         return torchvision.io.decode_image(path, mode="RGB")
     except (RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path} is not a readable image ({reason}); extract it again") from None
+        raise InputError(f"{path} is not a readable image ({str(error).splitlines()[0]}); extract "
+                         "it again") from None
 
 def read_frame(path, size):
     """(3, size, size) float32, ImageNet-normalised; the aspect is not kept, as released."""
@@ -91,27 +91,21 @@ def read_frame(path, size):
 def seconds_of(sound, count):
     """(N,) -> (count, 16000): second t is samples [16000 t, 16000 (t+1)), silence past the end.
 
-    The released code spreads `count` windows evenly instead, up to 0.1 s early against the labels,
-    and stretches a short file over all of them.
+    The released code spreads `count` windows evenly, up to 0.1 s early against the labels.
     """
-    sound = sound[:count * SAMPLE_RATE]
-    sound = torch.nn.functional.pad(sound, (0, count * SAMPLE_RATE - len(sound)))
-    return sound.view(count, SAMPLE_RATE)
-
-def frame_paths(folder):
-    """The *.jpg of a folder in the order of their numbers, whatever the zero-padding."""
-    try:
-        names = [name for name in os.listdir(folder) if name.endswith(".jpg")]
-        return [os.path.join(folder, n) for n in sorted(names, key=lambda n: int(n[:-4]))]
-    except FileNotFoundError:
-        return []
-    except ValueError:
-        raise InputError(f"{folder} holds frames that are not numbered like 0001.jpg") from None
+    sound = torch.nn.functional.pad(sound, (0, max(0, count * SAMPLE_RATE - len(sound))))
+    return sound[:count * SAMPLE_RATE].view(count, SAMPLE_RATE)
 
 def video_files(root, video):
-    """The frames of a video, or the first that should be there, and its sound."""
+    """The frames of a video, in the order of their numbers whatever the zero-padding (or the first
+    that should be there), and its sound."""
     folder = os.path.join(root, "video_frames", video)
-    return (frame_paths(folder) or [os.path.join(folder, "0001.jpg")],
+    names = [n for n in os.listdir(folder) if n.endswith(".jpg")] if os.path.isdir(folder) else []
+    try:
+        names = sorted(names, key=lambda name: int(name[:-4])) or ["0001.jpg"]
+    except ValueError:
+        raise InputError(f"{folder} holds frames that are not numbered like 0001.jpg") from None
+    return ([os.path.join(folder, name) for name in names],
             os.path.join(root, "raw_audio", video + ".wav"))
 
 def read_lines(path):
@@ -123,41 +117,71 @@ def read_lines(path):
             return lines
     raise InputError(f"no {path}, or nothing in it; the README says what a data folder holds")
 
-def spectrogram_stats(dataset, root, size):
-    """(mean, std) to normalise spectrograms with: what `data.py stats` left in root, or AVE's."""
-    if not os.path.isdir(root):
-        raise InputError(f"no data folder {root}; make a toy one: python data.py toy "
-                         f"{dataset.task} {root}")
-    return tuple(known_stats(root).get(str(size), (AVE_MEAN, AVE_STD)))
-
 def known_stats(root):
     """{"192": [mean, std], ...}, by the size of the spectrogram image."""
     path = os.path.join(root, "fbank.json")
-    return json.loads("".join(read_lines(path))) if os.path.exists(path) else {}
+    return json.loads(read_lines(path)[0]) if os.path.exists(path) else {}
 
-def spectrograms_of(seconds, size, stats):
-    """(T, 16000) -> (T, size, size)."""
-    return torch.stack([fbank(second, size, *stats) for second in seconds])
+def read_clip(paths, seconds, size, stats):
+    """T paths of frames, sound (T,16000) -> frames (T,3,S,S), spectrograms (T,S,S)."""
+    return (torch.stack([read_frame(path, size) for path in paths]),
+            torch.stack([fbank(second, size, *stats) for second in seconds]))
 
-def check_files(dataset):
-    """InputError if clips lack files; returns the paths of the sounds that end too early."""
-    missing, short = [], []
-    for i in range(len(dataset)):
+def survey(dataset, read=False):
+    """What is amiss with a split's files, as {kind: [path or line]}: missing, short and odd rate;
+    with read=True every clip is read, and there are also corrupt and silent."""
+    found = {kind: [] for kind in ("missing", "corrupt", "silent", "short", "odd rate")}
+    for i in bar(one_per_sound(dataset), f"check {dataset.split}"):
         images, wav = dataset.files(i)
-        lost = [path for path in (*images, wav) if not os.path.exists(path)]
-        missing += lost[:1]
-        if not lost:
+        if lost := [path for path in (*images, wav) if not os.path.exists(path)]:
+            found["missing"].append(lost[0])
+            continue
+        try:
             with open_wav(wav) as file:
-                if file.getnframes() < dataset.seconds * file.getframerate():
-                    short.append(wav)
-    if missing:
-        raise InputError(f"{len(missing)} of {len(dataset)} clips lack files, first {missing[0]}; "
-                         f"{dataset.remedy}")
-    return short
+                rate, width = file.getframerate(), file.getnchannels() * file.getsampwidth()
+                # What the file holds, whatever its header says.
+                samples = min(file.getnframes(), (os.path.getsize(wav) - 44) // width)
+            found["short"] += [wav] * (samples < dataset.seconds * rate)
+            found["odd rate"] += [wav] * (rate != SAMPLE_RATE)
+            if read and dataset[i] and dataset.sound(i).abs().max() < 1e-4:
+                found["silent"].append(wav)
+        except InputError as error:
+            if not read:
+                raise
+            found["corrupt"].append(str(error))
+    return found
+
+def one_per_sound(dataset):
+    """An item for each sound: the questions of MUSIC-AVQA share their videos."""
+    return list({dataset.files(i)[1]: i for i in reversed(range(len(dataset)))}.values())[::-1]
+
+class Clips(torch.utils.data.Dataset):
+    """What the three data sets share; files(i) are the pictures and the sound of an item."""
+
+    kept = None  # all items, with --cache
+
+    def __init__(self, root, split, size):
+        self.root, self.split, self.size = root, split, size
+        if not os.path.isdir(root):
+            raise InputError(f"no data folder {root}; make one: python data.py toy {self.task} "
+                             + root)
+        # Mean and std of the spectrograms: what `data.py stats` left here, or AVE's.
+        self.stats = known_stats(root).get(str(size), [AVE_MEAN, AVE_STD])
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, i):
+        return self.kept[i] if self.kept else self.read(i)
+
+    def files(self, i):
+        return video_files(self.root, self.clips[i][0])
+
+    def sound(self, i):
+        return seconds_of(read_wav(self.files(i)[1]), self.seconds)            # (T,16000)
 
 # ---------------------------------------------------------------- AVE
-
-class AVE(torch.utils.data.Dataset):
+class AVE(Clips):
     """Audio-visual events (Tian et al., ECCV 2018): ten seconds, one event or background in each.
 
         root/Annotations.txt                 Category&VideoID&Quality&StartTime&EndTime
@@ -165,58 +189,42 @@ class AVE(torch.utils.data.Dataset):
         root/video_frames/ID/*.jpg           at any rate, numbered with any zero-padding
         root/raw_audio/ID.wav                any PCM wav
 
-    item: frames (10,3,S,S), spectrograms (10,S,S), labels (10,) int64. A label is the category's
-    place in order of first appearance in Annotations.txt; background comes after the last one (28
-    in the real data). Second t holds the event iff start <= t < end.
-
-    Known of the real data: 10 videos are in both train and val, 8 in both train and test (a video
-    may have two events, annotated apart and contradicting each other); one row has start = end = 0
-    and is all background here.
+    item: frames (10,3,S,S), spectrograms (10,S,S), labels (10,) int64: the category's place in
+    order of first appearance in Annotations.txt if start <= second < end, else background, which
+    comes last (28 in the real data, in which one row has start = end = 0: all background).
     """
 
     task, seconds, remedy = "ave", 10, EXTRACT
 
     def __init__(self, root, split, size):
-        self.root, self.size, self.stats = root, size, spectrogram_stats(self, root, size)
+        super().__init__(root, split, size)
         rows = read_lines(os.path.join(root, "Annotations.txt"))
         rows = rows[rows[0].startswith("Category&"):]  # the zip's copy has a header, others none
-        self.categories = list(dict.fromkeys(row.split("&")[0] for row in rows))
+        self.classes = list(dict.fromkeys(row.split("&")[0] for row in rows))
         self.clips = []  # (video id, category index, start, end)
         path = os.path.join(root, f"{split}Set.txt")
         for number, line in enumerate(read_lines(path), 1):
             try:
                 category, video, _, start, end = line.split("&")
-                self.clips.append((video, self.categories.index(category), int(start), int(end)))
+                self.clips.append((video, self.classes.index(category), int(start), int(end)))
             except ValueError:
                 raise InputError(f"{path}, line {number}: {line!r} is not Category&VideoID&Quality&"
                                  "Start&End with a category of Annotations.txt") from None
 
-    def files(self, i):
-        return video_files(self.root, self.clips[i][0])
-
-    def sound(self, i):
-        return seconds_of(read_wav(self.files(i)[1]), self.seconds)            # (10,16000)
-
     def labels(self, i):
         _, category, start, end = self.clips[i]
         t = torch.arange(self.seconds)
-        return torch.where((start <= t) & (t < end), category, len(self.categories))
+        return torch.where((start <= t) & (t < end), category, len(self.classes))
 
-    def __len__(self):
-        return len(self.clips)
-
-    def __getitem__(self, i):
+    def read(self, i):
         paths, _ = self.files(i)
         # The frame in the middle of each second. Released: linspace from the first to the last,
         # which at 3 frames a second comes to the same seconds.
-        frames = [read_frame(paths[(2 * t + 1) * len(paths) // (2 * self.seconds)], self.size)
-                  for t in range(self.seconds)]
-        return (torch.stack(frames), spectrograms_of(self.sound(i), self.size, self.stats),
-                self.labels(i))
+        at = [paths[(2 * t + 1) * len(paths) // 20] for t in range(self.seconds)]
+        return *read_clip(at, self.sound(i), self.size, self.stats), self.labels(i)
 
 # ---------------------------------------------------------------- AVSBench S4
-
-class AVSBench(torch.utils.data.Dataset):
+class AVSBench(Clips):
     """AVSBench S4 (Zhou et al., ECCV 2022): five seconds, and masks of the one thing that sounds.
 
         root/s4_meta_data.csv                columns name, ..., category, split
@@ -225,27 +233,21 @@ class AVSBench(torch.utils.data.Dataset):
         root/s4_data/audio_wav/SPLIT/CATEGORY/NAME.wav
 
     item: frames (5,3,S,S), spectrograms (5,S,S), masks (1 in train, else 5, mask_size, mask_size)
-    of 0 and 1. mask_size is that of the files (224). An empty mask is legal. The log-mel pickles
-    that the released loader opens, and does not use, are not touched.
+    of 0 and 1. mask_size is that of the files (224). An empty mask is legal.
     """
 
-    task, seconds = "avs", 5
-    remedy = "they come with AVSBench-object, Single-source"
+    task, seconds, remedy = "avs", 5, "they come with AVSBench-object, Single-source"
 
     def __init__(self, root, split, size):
-        self.root, self.split, self.size = root, split, size
-        self.stats = spectrogram_stats(self, root, size)
+        super().__init__(root, split, size)
         path = os.path.join(root, "s4_meta_data.csv")
         rows = list(csv.reader(read_lines(path)))
         names, columns = ("name", "category", "split"), (0, 2, 3)  # where the names do not tell
         if set(names) <= set(rows[0]):
             columns = [rows[0].index(name) for name in names]
-        if len(rows[0]) > max(columns) and rows[0][columns[2]] not in ("train", "val", "test"):
-            rows = rows[1:]  # a header
-        try:
-            rows = [[row[column] for column in columns] for row in rows]
-        except IndexError:
-            raise InputError(f"{path} has rows without name, category and split") from None
+        if min(map(len, rows)) <= max(columns):
+            raise InputError(f"{path} has rows without name, category and split")
+        rows = [[row[column] for column in columns] for row in rows]  # a header is of no split
         self.clips = [(name, category) for name, category, its_split in rows if its_split == split]
         if not self.clips:
             raise InputError(f"{path} lists no {split} clips; its fourth column should say split")
@@ -260,33 +262,22 @@ class AVSBench(torch.utils.data.Dataset):
                  (("visual_frames", self.seconds), ("gt_masks", masks)) for k in range(count)],
                 folder("audio_wav") + ".wav")
 
-    def sound(self, i):
-        return seconds_of(read_wav(self.files(i)[1]), self.seconds)            # (5,16000)
-
-    def __len__(self):
-        return len(self.clips)
-
-    def __getitem__(self, i):
+    def read(self, i):
         paths, _ = self.files(i)
-        frames = [read_frame(path, self.size) for path in paths[:self.seconds]]
-        masks = [self.read_mask(path) for path in paths[self.seconds:]]
-        return (torch.stack(frames), spectrograms_of(self.sound(i), self.size, self.stats),
-                torch.stack(masks))
+        masks = torch.stack([self.read_mask(path) for path in paths[self.seconds:]])
+        return *read_clip(paths[:self.seconds], self.sound(i), self.size, self.stats), masks
 
     def read_mask(self, path):
-        """Stored as {0, 1}, {0, 255} or grey (of which above half counts), in one channel or more.
-
-        The released loader's convert("1") turns a {0, 1} file all black and dithers a grey one.
-        """
+        """Stored as {0, 1}, {0, 255} or grey (above half counts), in one channel or more. The
+        released loader's convert("1") turns a {0, 1} file all black and dithers a grey one."""
         mask = read_image(path).amax(0)
         if mask.shape != (self.mask_size, self.mask_size):
-            raise InputError(f"{path} is {mask.shape[1]} x {mask.shape[0]}, not {self.mask_size} "
-                             f"x {self.mask_size} as the first mask; make the masks of one size")
+            raise InputError(f"{path} is {mask.shape[1]} x {mask.shape[0]}, not {self.mask_size} x "
+                             f"{self.mask_size} as the first mask; make the masks of one size")
         return (mask > (0 if mask.max() == 1 else 127)).float()
 
 # ---------------------------------------------------------------- MUSIC-AVQA
-
-class MusicAVQA(torch.utils.data.Dataset):
+class MusicAVQA(Clips):
     """MUSIC-AVQA (Li et al., CVPR 2022): a question about a video of music, mostly a minute long.
 
         root/avqa-train.json avqa-val.json avqa-test.json      the data set's data/json
@@ -304,43 +295,33 @@ class MusicAVQA(torch.utils.data.Dataset):
     task, seconds, remedy = "avqa", 1, EXTRACT
 
     def __init__(self, root, split, size, vocabulary=None, moments=10):
-        self.root, self.split, self.size, self.moments = root, split, size, moments
-        self.stats = spectrogram_stats(self, root, size)
+        super().__init__(root, split, size)
+        self.moments = moments
         self.questions = read_questions(os.path.join(root, f"avqa-{split}.json"))
         self.vocabulary = vocabulary or make_vocabulary(
             read_questions(os.path.join(root, "avqa-train.json")))
         for q in self.questions:
-            unknown = ([w for w in q["words"] if w not in self.vocabulary["words"]]
-                       + [a for a in [q["answer"]] if a not in self.vocabulary["answers"]]
-                       + q["words"][self.vocabulary["length"]:])
-            if unknown:
-                raise InputError(f"question {q['id']} of {split}: {unknown[0]!r} is in no training "
-                                 "question or answer, or the question is too long; mend it")
+            try:
+                q["indices"] = encode(q["words"], self.vocabulary)
+                if q["answer"] not in self.vocabulary["answers"]:
+                    raise InputError(f"{q['answer']!r} is in no training answer")
+            except InputError as error:
+                raise InputError(f"question {q['id']} of {split}: {error}") from None
+        self.clips = [(q["video"],) for q in self.questions]
         self.videos = list(dict.fromkeys(q["video"] for q in self.questions))
         if split == "train" and len(self.videos) < 2:
             raise InputError(f"{root}: foreign frames need a second video in avqa-train.json")
 
-    def files(self, i):
-        return video_files(self.root, self.questions[i]["video"])
-
     def sound(self, i):
         sound = read_wav(self.files(i)[1])
         seconds = max(1, -(-len(sound) // SAMPLE_RATE))
-        at = np.linspace(0, seconds - 1, self.moments).round().astype(int)
-        return seconds_of(sound, seconds)[at]                                  # (T,16000)
+        return seconds_of(sound, seconds)[moments(seconds, self.moments)]      # (T,16000)
 
-    def __len__(self):
-        return len(self.questions)
-
-    def __getitem__(self, i):
+    def read(self, i):
         q, (paths, _) = self.questions[i], self.files(i)
-        at = np.linspace(0, len(paths) - 1, self.moments).round().astype(int)
-        words, answers, length = (self.vocabulary[k] for k in ("words", "answers", "length"))
-        question = torch.zeros(length, dtype=torch.long)
-        question[:len(q["words"])] = torch.tensor([words.index(word) for word in q["words"]])
-        item = (torch.stack([read_frame(paths[k], self.size) for k in at]),
-                spectrograms_of(self.sound(i), self.size, self.stats), question,
-                torch.tensor(answers.index(q["answer"])))
+        at = [paths[k] for k in moments(len(paths), self.moments)]
+        item = (*read_clip(at, self.sound(i), self.size, self.stats), q["indices"],
+                torch.tensor(self.vocabulary["answers"].index(q["answer"])))
         if self.split != "train":
             return item
         rng, foreign = np.random.default_rng(i), []
@@ -372,31 +353,42 @@ def read_questions(path):
         raise InputError(f"{path}, question {number + 1}: {error!r} is missing or wrong") from None
     return questions
 
+def moments(length, count):
+    """The indices of `count` seconds that lie evenly over a video of `length`."""
+    return np.linspace(0, length - 1, count).round().astype(int)
+
+def encode(words, vocabulary):
+    """Words as indices (W,), padded; InputError for a word that no training question has."""
+    unknown = [word for word in words if word not in vocabulary["words"]]
+    if unknown or len(words) > vocabulary["length"]:
+        raise InputError(f"{(unknown or words)[-1]!r} is in no training question, or the question "
+                         f"has over {vocabulary['length']} words; known: "
+                         + " ".join(vocabulary["words"][1:]))
+    question = torch.zeros(vocabulary["length"], dtype=torch.long)
+    question[:len(words)] = torch.tensor([vocabulary["words"].index(word) for word in words])
+    return question
+
 def make_vocabulary(questions):
     return {"words": ["<pad>", *dict.fromkeys(w for q in questions for w in q["words"])],
             "answers": list(dict.fromkeys(q["answer"] for q in questions)),
             "length": max(len(q["words"]) for q in questions)}
 
 # ---------------------------------------------------------------- the toy world
-#
-# Six instruments, each with a look and a timbre.
-
 COLOURS = {"red": (230, 60, 50), "green": (60, 190, 80), "blue": (70, 100, 235),
            "yellow": (235, 205, 60), "magenta": (215, 80, 205), "cyan": (70, 205, 215)}
 
-def circle(x, y): return np.hypot(x, y) - 0.9
-def square(x, y): return np.maximum(abs(x), abs(y)) - 0.8
-def triangle(x, y): return np.maximum(y - 0.7, 0.87 * abs(x) - 0.5 * y - 0.45)
-def cross(x, y): return np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 1),
-                                   np.maximum(abs(y) - 0.3, abs(x) - 1))
-def ring(x, y): return abs(np.hypot(x, y) - 0.75) - 0.25
-def diamond(x, y): return abs(x) + abs(y) - 1.05
-
-SHAPES = (circle, triangle, square, ring, cross, diamond)  # signed distances: inside is negative
-
-INSTRUMENTS = {  # name: (shape, colour)
-    "bell": (circle, "red"), "flute": (triangle, "green"), "drum": (square, "blue"),
-    "horn": (ring, "yellow"), "bird": (cross, "magenta"), "rattle": (diamond, "cyan")}
+SHAPES = (  # signed distances from an outline about 1 in radius: inside is negative
+    lambda x, y: np.hypot(x, y) - 0.9,                                              # circle
+    lambda x, y: np.maximum(y - 0.7, 0.87 * abs(x) - 0.5 * y - 0.45),               # triangle
+    lambda x, y: np.maximum(abs(x), abs(y)) - 0.8,                                  # square
+    lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.25,                                 # ring
+    lambda x, y: np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 1),
+                            np.maximum(abs(y) - 0.3, abs(x) - 1)),                  # cross
+    lambda x, y: abs(x) + abs(y) - 1.05)                                            # diamond
+# Six instruments, each with a look and a timbre (see play).
+INSTRUMENTS = {name: (shape, colour) for name, shape, colour in zip(
+    ("bell", "flute", "drum", "horn", "bird", "rattle"), SHAPES,
+    ("red", "green", "blue", "yellow", "magenta", "cyan"))}
 
 def play(name, seconds, rng):
     """One instrument for some seconds, (seconds * 16000,) float64 with unit RMS; pitch is drawn."""
@@ -404,19 +396,15 @@ def play(name, seconds, rng):
     pitch, phase = 2 ** rng.uniform(-0.3, 0.3), rng.uniform()
     beat = lambda rate: (t * rate * pitch + phase) % 1 / rate  # seconds since the last stroke
     noise = rng.standard_normal(len(t))
-    if name == "bell":      # inharmonic partials that ring off
-        partials = sum(np.sin(2 * np.pi * 520 * pitch * r * t) for r in (1, 2.76, 5.4))
-        sound = partials * np.exp(-5 * beat(2))
-    elif name == "flute":   # one tone with vibrato
-        sound = np.sin(2 * np.pi * 880 * pitch * t + 3 * np.sin(2 * np.pi * 5 * t))
-    elif name == "drum":    # low bursts
-        sound = np.sin(2 * np.pi * 90 * pitch * t) * np.exp(-12 * beat(4))
-    elif name == "horn":    # a sawtooth: all harmonics
-        sound = 2 * ((220 * pitch * t) % 1) - 1
-    elif name == "bird":    # upward chirps
-        sound = np.sin(2 * np.pi * (2000 + 4000 * beat(5)) * pitch * beat(5)) * (beat(5) < 0.12)
-    else:                   # rattle: short bursts of bright noise
-        sound = np.diff(noise, prepend=0) * np.exp(-25 * beat(8))
+    tone = lambda hertz, r=1: np.sin(2 * np.pi * hertz * pitch * r * t)
+    sound = {
+        "bell": lambda: sum(tone(520, r) for r in (1, 2.76, 5.4)) * np.exp(-5 * beat(2)),
+        "flute": lambda: np.sin(2 * np.pi * 880 * pitch * t + 3 * np.sin(2 * np.pi * 5 * t)),
+        "drum": lambda: tone(90) * np.exp(-12 * beat(4)),  # low bursts
+        "horn": lambda: 2 * ((220 * pitch * t) % 1) - 1,  # a sawtooth: all harmonics
+        "bird": lambda: np.sin(2 * np.pi * (2000 + 4000 * beat(5)) * pitch * beat(5)) * (
+            beat(5) < 0.12),  # upward chirps
+        "rattle": lambda: np.diff(noise, prepend=0) * np.exp(-25 * beat(8))}[name]()
     return sound / np.sqrt(np.mean(sound ** 2))
 
 def draw(objects, size, rng):
@@ -448,12 +436,10 @@ def place(name, rng, smallest=0.14, largest=0.24):
 def toy_images(count, size, rng):
     """Images without sound, to pretrain the toy backbone on in ImageNet's place.
 
-    Each is one of 36 classes of things (a shape in a colour) or 24 of texture (stripes of 8
-    directions and 3 widths), because a spectrogram is texture more than it is things.
-    returns images (count,3,size,size) uint8 and labels (count,) in 0..59
+    One of 36 kinds of things (a shape in a colour) or 24 of texture (stripes of 8 directions and 3
+    widths), for spectrograms are texture. -> (count,3,size,size) uint8, labels (count,) in 0..59
     """
-    images, labels = [], rng.integers(0, 60, count)
-    grid = np.arange(size)
+    images, labels, grid = [], rng.integers(0, 60, count), np.arange(size)
     for label in labels:
         if label < 36:
             radius = rng.uniform(0.12, 0.3)
@@ -469,39 +455,52 @@ def toy_images(count, size, rng):
             images.append(torch.from_numpy(np.clip(image, 0, 255).astype(np.uint8)))
     return torch.stack(images), torch.from_numpy(labels)
 
+def write_video(root, video, images, sound):
+    """A toy video as files, extracted already: (T,3,S,S) uint8 images, (N,) sound."""
+    folder = os.path.join(root, "video_frames", video)
+    os.makedirs(folder)
+    os.makedirs(os.path.join(root, "raw_audio"), exist_ok=True)
+    for t, image in enumerate(images):
+        torchvision.io.write_jpeg(image, os.path.join(folder, f"{t + 1:04d}.jpg"), 95)
+    write_wav(sound, os.path.join(root, "raw_audio", video + ".wav"))
+
 def write_wav(sound, path):
-    """(N,) in [-1, 1] -> 16 bit mono at 16 kHz."""
     with wave.open(path, "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         file.writeframes((np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes())
 
-def bar(iterable, text):
+def bar(iterable, text, total=None):
     """A progress bar on a terminal, nothing in a log file."""
-    return tqdm(iterable, desc=text, leave=False, disable=None, ncols=79)
+    return tqdm(iterable, text, total, leave=False, disable=None, ncols=79)
 
 def write_atomic(path, content):
     """Write bytes under a temporary name, then rename: the file is there whole or not at all."""
-    with open(path + ".partial", "wb") as file:
-        file.write(content)
-    os.replace(path + ".partial", path)
+    try:
+        with open(path + ".partial", "wb") as file:
+            file.write(content)
+        os.replace(path + ".partial", path)
+    except OSError:  # a full disk, say: no debris
+        with contextlib.suppress(OSError):
+            os.remove(path + ".partial")
+        raise
+
+def write_lines(lines, path):
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 def save_atomic(tensors, path):
-    """torch.save, whole or not at all."""
     file = io.BytesIO()
     torch.save(tensors, file)
     write_atomic(path, file.getvalue())
 
 def make_toy(task, root, seed=0):
-    """Write the toy data set of a task, complete or not at all; its settings go to toy.json."""
+    """Write the toy data set of a task, complete or not at all."""
     if os.path.exists(root):
         raise InputError(f"{root} is there already; remove it or choose another folder")
-    partial = root.rstrip("/") + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial := root.rstrip("/") + ".partial", ignore_errors=True)
     os.makedirs(partial)
     {"ave": toy_ave, "avs": toy_avs, "avqa": toy_avqa}[task](partial, np.random.default_rng(seed))
     stats(task, partial, TOY_SIZE)
-    settings = {"task": task, "seed": seed, "image_size": TOY_SIZE}
-    write_atomic(os.path.join(partial, "toy.json"), json.dumps(settings).encode())
+    write_lines([json.dumps({"task": task, "seed": seed})], os.path.join(partial, "toy.json"))
     os.replace(partial, root)
 
 TOY_SIZE = 48  # pixels a side: what the nano backbone takes
@@ -513,45 +512,38 @@ def toy_ave(root, rng):
     """The AVE layout with the toy's instruments; neither sight nor sound alone can label it.
 
     A clip has one event, 3 to 7 seconds of its 10, in which its instrument is both seen and heard.
-    The other seconds are background, each of one kind by chance: its instrument
-        is seen but silent, or heard but unseen, or seen to another one's sound, or heard to
-        another one's look.
+    The other seconds are background, each of one kind by chance: its instrument is seen but silent,
+    or heard but unseen, or seen to another one's sound, or heard to another one's look.
     Worked example, `bell&toy0007&good&2&6`:
         second   0       1       2     3     4     5     6       7       8       9
         seen     bell    -       bell  bell  bell  bell  bell    drum    bell    -
         heard    -       bell    bell  bell  bell  bell  horn    bell    -       bell
         label    backgr. backgr. bell  bell  bell  bell  backgr. backgr. backgr. backgr.
-    Sight alone sees a bell in seconds 0 and 2-6 and 8 and cannot tell which of them sound. Half of
-    all seconds are background; of those, three in four show an instrument, as all events do.
+    Sight alone sees a bell in seconds 0 and 2-6 and 8 and cannot tell which of them sound.
     """
-    names, rows = list(INSTRUMENTS), {split: [] for split in TOY_CLIPS["ave"]}
-    os.makedirs(os.path.join(root, "raw_audio"))
+    names, rows = list(INSTRUMENTS), {"train": [], "val": [], "test": []}
     for split, count in TOY_CLIPS["ave"].items():
         for i in bar(range(count), f"toy ave {split}"):
             name, other = (names[k] for k in rng.permutation(len(names))[:2])
             length = rng.integers(3, 8)
             start = rng.integers(0, 11 - length)
-            # Ids as people have them: one in four begins with a dash, as on YouTube.
+            # One id in four begins with a dash, as on YouTube.
             video = f"{'-' if rng.uniform() < 0.25 else ''}{split}{i:04d}"
-            folder = os.path.join(root, "video_frames", video)
-            os.makedirs(folder)
-            sound = []
+            images, sound = [], []
             for t in range(10):
-                kinds = [(name, None), (None, name), (name, other), (other, name)]
-                event = start <= t < start + length
-                seen, heard = (name, name) if event else kinds[rng.integers(4)]
-                image, _ = draw([place(seen, rng)] if seen else [], TOY_SIZE, rng)
-                torchvision.io.write_jpeg(image, os.path.join(folder, f"{t + 1:04d}.jpg"), 95)
+                seen, heard = (name, name) if start <= t < start + length else (
+                    (name, None), (None, name), (name, other), (other, name))[rng.integers(4)]
+                images.append(draw([place(seen, rng)] if seen else [], TOY_SIZE, rng)[0])
                 second = 0.03 * rng.standard_normal(SAMPLE_RATE)
                 if heard:
                     second = second + rng.uniform(0.03, 0.2) * play(heard, 1, rng)
                 sound.append(second)
-            write_wav(np.concatenate(sound), os.path.join(root, "raw_audio", video + ".wav"))
+            write_video(root, video, images, np.concatenate(sound))
             rows[split].append(f"{name}&{video}&good&{start}&{start + length}")
-    rows = {"Annotations": ["Category&VideoID&Quality&StartTime&EndTime", *sum(rows.values(), [])],
-            **{f"{split}Set": lines for split, lines in rows.items()}}
-    for name, lines in rows.items():
-        write_atomic(os.path.join(root, name + ".txt"), ("\n".join(lines) + "\n").encode())
+    write_lines(["Category&VideoID&Quality&StartTime&EndTime", *sum(rows.values(), [])],
+                os.path.join(root, "Annotations.txt"))
+    for split, lines in rows.items():
+        write_lines(lines, os.path.join(root, f"{split}Set.txt"))
 
 def moving(names, rng, steps=5):
     """A list over time of what draw takes: instruments in straight motion, never overlapping."""
@@ -593,7 +585,7 @@ def toy_avs(root, rng):
             write_wav(sound + 0.03 * rng.standard_normal(len(sound)),
                       os.path.join(folder("audio_wav"), name + ".wav"))
             rows.append(f"{name},0,{category},{split}")
-    write_atomic(os.path.join(root, "s4_meta_data.csv"), ("\n".join(rows) + "\n").encode())
+    write_lines(rows, os.path.join(root, "s4_meta_data.csv"))
 
 def toy_avqa(root, rng):
     """The MUSIC-AVQA layout. A video of 3 to 6 seconds shows one instrument or two, and lets one be
@@ -602,27 +594,21 @@ def toy_avqa(root, rng):
     Worked example: a bell and a drum are seen, a drum and a horn are heard. "How many instruments
     are sounding?" two. "Is the yellow one sounding?" no: the horn is heard, but it is not there.
     "Which instrument in the video is sounding?" drum, which neither eye nor ear can tell alone.
-    A template's answers are about equally frequent. No question asks who came first or stands left:
-    the published head knows no order of seconds, and its means over the tokens keep no place.
+    No question asks who came first or stands left: the published head cannot know.
     """
     names, questions = list(INSTRUMENTS), {split: [] for split in TOY_CLIPS["avqa"]}
     number, (a, v, av) = ("zero", "one", "two"), ("Audio", "Visual", "Audio-Visual")
-    os.makedirs(os.path.join(root, "raw_audio"))
     for split, count in TOY_CLIPS["avqa"].items():
         for i in bar(range(count), f"toy avqa {split}"):
             video, seconds = f"{'-' if i % 4 == 0 else ''}{split}{i:04d}", rng.integers(3, 7)
             drawn, both = [names[k] for k in rng.permutation(6)], i % 2  # how many are both
             n_seen, n_heard = rng.integers(1, 3, 2)
             seen, heard = drawn[:n_seen], drawn[n_seen - both:][:n_heard]
-            os.makedirs(folder := os.path.join(root, "video_frames", video))
-            for k, scene in enumerate(moving(seen, rng, seconds)):
-                image, _ = draw(scene, TOY_SIZE, rng)
-                torchvision.io.write_jpeg(image, os.path.join(folder, f"{k + 1:06d}.jpg"), 95)
+            images = [draw(scene, TOY_SIZE, rng)[0] for scene in moving(seen, rng, seconds)]
             sound = np.concatenate([
                 rng.uniform(0.05, 0.2) * play(heard[k * n_heard // seconds], 1, rng)
                 for k in range(seconds)])
-            write_wav(sound + 0.03 * rng.standard_normal(len(sound)),
-                      os.path.join(root, "raw_audio", video + ".wav"))
+            write_video(root, video, images, sound + 0.03 * rng.standard_normal(len(sound)))
             match, dice = seen[-1], rng.integers(4)  # match: where one is both
             other = rng.choice([x for x in drawn[:n_seen + n_heard] if not both or x != match])
             asked = [  # if, modality, kind, template, its value, answer
@@ -645,54 +631,135 @@ def toy_avqa(root, rng):
                     "templ_values": json.dumps([INSTRUMENTS[about][1]] if about else []),
                     "question_deleted": 0, "anser": answer})
     for split, rows in questions.items():
-        write_atomic(os.path.join(root, f"avqa-{split}.json"), json.dumps(rows, indent=1).encode())
+        write_lines([json.dumps(rows, indent=1)], os.path.join(root, f"avqa-{split}.json"))
 
 # ---------------------------------------------------------------- commands
+def extract_video(path, out):
+    """OUT/video_frames/ID/NNNN.jpg, a frame from the middle of each second, and OUT/raw_audio/
+    ID.wav, 16 kHz mono. Returns the ID, which is the file's name without its ending."""
+    video = os.path.splitext(os.path.basename(path))[0]
+    frames, wav = os.path.join(out, "video_frames", video), video_files(out, video)[1]
+    if os.path.exists(wav):  # it comes last: where it is, all is
+        return video
+    if not shutil.which("ffmpeg"):
+        raise InputError("no ffmpeg found; install it: apt, brew or conda install ffmpeg")
+    partial = frames + ".partial"
+    for folder in (partial, frames):  # of a run that was stopped half-way
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (partial, os.path.dirname(wav)):
+        os.makedirs(folder, exist_ok=True)
+    # fps=1 takes the middle of each second (-r 1 would not). Written from within the folder and
+    # read by an absolute path, so that no name is taken for an option or a pattern.
+    run = subprocess.run(
+        ["ffmpeg", "-nostdin", "-v", "error", "-i", os.path.abspath(path),
+         "-map", "0:v:0", "-vf", "fps=1", "-q:v", "2", "%04d.jpg",
+         "-map", "0:a:0", "-ac", "1", "-ar", str(SAMPLE_RATE), "-c:a", "pcm_s16le", "sound.wav"],
+        cwd=partial, capture_output=True, text=True, errors="replace")
+    if run.returncode or not os.path.exists(os.path.join(partial, "0001.jpg")):
+        shutil.rmtree(partial)
+        raise InputError(
+            f"{path} has no sound, and both streams are wanted" if "'0:a:0'" in run.stderr else
+            f"{path} has no pictures" if "'0:v:0'" in run.stderr or not run.stderr else
+            f"{path} is no video to ffmpeg: {run.stderr.strip().splitlines()[-1]}")
+    os.replace(os.path.join(partial, "sound.wav"), wav + ".partial")
+    os.replace(partial, frames)
+    os.replace(wav + ".partial", wav)
+    return video
+
+def extract(videos, out, jobs):
+    """All videos of a folder, `jobs` at a time, but for those that are done. Returns 1 if any
+    failed, 0 otherwise."""
+    if not os.path.isdir(videos):
+        raise InputError(f"{videos} is not a folder; give the one that holds the videos")
+    names = [name for name in sorted(os.listdir(videos)) if not name.startswith(".")]
+    ids = [os.path.splitext(name)[0] for name in names]
+
+    def one(name):  # an exception would end the others too
+        try:
+            if ids.count(os.path.splitext(name)[0]) > 1:
+                raise InputError(f"{name}: another file has the same name; rename one of them")
+            extract_video(os.path.join(videos, name), out)
+        except InputError as error:
+            return str(error)
+
+    with multiprocessing.pool.ThreadPool(jobs) as pool:
+        faults = list(filter(None, bar(pool.imap(one, names), "extract", len(ids))))
+    print(*faults, f"{len(ids) - len(faults)} of {len(ids)} videos are in {out}",
+          f"Next, with the annotations in place: python data.py check TASK {out}", sep="\n")
+    return int(bool(faults))
+
+def check(task, root, size):
+    """Reads every clip; prints what there is, and what is wrong; returns 1 if training would fail,
+    0 otherwise. Silent, short and resampled sounds do no harm but to the score."""
+    fails = 0
+    for split in ("train", "val", "test"):
+        try:
+            found = survey(dataset := DATASETS[task](root, split, size), read=True)
+        except InputError as error:
+            print(f"{split}: {error}")
+            fails += 1
+            continue
+        print(f"{split}: {len(dataset)} items, {len(one_per_sound(dataset))} sounds;",
+              ", ".join(f"{kind} {len(paths)}" for kind, paths in found.items()))
+        for kind, paths in found.items():
+            for path in [*paths[:5], f"and {len(paths) - 5} more"][:len(paths)]:
+                print(f"  {kind}: {path}")
+        fails += len(found["missing"]) + len(found["corrupt"])
+    print("training would fail: mend what is missing or corrupt" if fails else
+          f"all can be read. Next: python train.py {task} --data {root}")
+    return int(fails > 0)
 
 def stats(task, root, size):
-    """Mean and std of the training spectrograms before normalisation, into root/fbank.json.
-
-    Over the second's real rows alone (padding is no sound): the mean of the seconds' means and the
-    mean of their stds, as the authors measured theirs.
-    """
+    """Mean and std of the training spectrograms before normalisation, into root/fbank.json: the
+    mean of the seconds' means and the mean of their stds, as the authors measured theirs, but over
+    the second's real rows alone (padding is no sound)."""
     dataset = DATASETS[task](root, "train", size)
-    check_files(dataset)
     means, stds = [], []
-    once = {dataset.files(i)[1]: i for i in range(len(dataset))}
-    for i in bar(list(once.values()), "stats"):
-        for image in spectrograms_of(dataset.sound(i), size, (0.0, 0.5)):  # raw log energies
+    for i in bar(one_per_sound(dataset), "stats"):
+        for image in (fbank(second, size, 0.0, 0.5) for second in dataset.sound(i)):  # raw
             image = image[image.abs().sum(1) > 0]
             means.append(image.mean().item())
             stds.append(image.std().item())
     known = {**known_stats(root), str(size): [float(np.mean(means)), float(np.mean(stds))]}
-    write_atomic(os.path.join(root, "fbank.json"), json.dumps(known).encode())
+    write_lines([json.dumps(known)], os.path.join(root, "fbank.json"))
     return known[str(size)]
 
 DATASETS = {"ave": AVE, "avs": AVSBench, "avqa": MusicAVQA}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="write a toy data set in the real layout")
-    toy.add_argument("task", choices=DATASETS)
-    toy.add_argument("root", help="a folder that is not there yet")
-    toy.add_argument("--seed", type=int, default=0)
-    measure = commands.add_parser("stats", help="mean and std of a data set's spectrograms")
-    measure.add_argument("task", choices=DATASETS)
-    measure.add_argument("root")
-    measure.add_argument("--size", type=int, default=192, help="side of the spectrogram image")
-    args = parser.parse_args()
+    command = {name: commands.add_parser(name) for name in ("extract", "check", "stats", "toy")}
+    for name in ("check", "stats", "toy"):
+        command[name].add_argument("task", choices=DATASETS)
+        command[name].add_argument("root", help="the data set's folder")
+    for name in ("check", "stats"):
+        command[name].add_argument("--size", type=int, default=192, help="side of the images")
+    command["toy"].add_argument("--seed", type=int, default=0)
+    command["extract"].add_argument("videos", help="a folder of anything that ffmpeg reads")
+    command["extract"].add_argument("out", help="gets video_frames/ID/NNNN.jpg, raw_audio/ID.wav")
+    command["extract"].add_argument("--jobs", type=int, default=os.cpu_count())
+    args, code = parser.parse_args(), 0
     try:
-        if args.command == "toy":
-            make_toy(args.task, args.root, args.seed)
-            print(f"{args.root} is ready. Next: python train.py {args.task} --data {args.root}")
+        if args.command == "extract":
+            code = extract(args.videos, args.out, args.jobs)
+        elif args.command == "check":
+            code = check(args.task, args.root, args.size)
         else:
-            mean, std = stats(args.task, args.root, args.size)
-            print(f"mean {mean:.6f}  std {std:.6f}  (kept in {args.root}/fbank.json)")
+            if args.command == "toy":
+                make_toy(args.task, args.root, args.seed)
+            else:
+                mean, std = stats(args.task, args.root, args.size)
+                print(f"mean {mean:.6f}  std {std:.6f}  (kept in {args.root}/fbank.json)")
+            print(f"Next: python train.py {args.task} --data {args.root}")
     except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 if __name__ == "__main__":
     main()

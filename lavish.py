@@ -44,7 +44,6 @@ class InputError(ValueError):
     """Something the user can mend. One line: which file or option, what is wrong, what to do."""
 
 # ---------------------------------------------------------------- sound becomes an image
-
 SAMPLE_RATE = 16000
 # Mean and std of AVE's spectrograms at a 5.2 ms shift (released AVE/dataloader.py). Other data and
 # other sizes want their own: `python data.py stats`.
@@ -271,13 +270,13 @@ def stage_sides(image_size, stages, window):
                          f"{stages} stages; sizes that do: {', '.join(map(str, sizes))}")
     return sides(image_size)
 
-SWIN_V2 = {  # name: (embed_dim, depths, heads, window, pretraining image size)
-    "nano": (32, (2, 2, 2), (2, 4, 8), 6, 48),  # the toy's
-    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 8, 256),  # three of torchvision
-    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 8, 256),
-    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 8, 256),
-    "base12": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 192),  # two of Microsoft
-    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 192)}  # the paper's
+SWIN_V2 = {  # name: (embed_dim, depths, heads, window, pretraining image size, published weights)
+    "nano": (32, (2, 2, 2), (2, 4, 8), 6, 48, None),  # the toy's
+    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 8, 256, "t-b137f0e2"),  # three of torchvision
+    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 8, 256, "s-637d8ceb"),
+    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 8, 256, "b-781e5279"),
+    "base12": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 192, "base"),  # two of Microsoft
+    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 192, "large")}  # the paper's
 
 def swin_v2(name, image_size=None, weights=None):
     """A Swin-V2 by name (the keys of SWIN_V2), at its pretraining image size unless told.
@@ -287,7 +286,7 @@ def swin_v2(name, image_size=None, weights=None):
     """
     if name not in SWIN_V2:
         raise InputError(f"unknown backbone {name!r}; there are {', '.join(SWIN_V2)}")
-    embed_dim, depths, heads, window, native = SWIN_V2[name]
+    embed_dim, depths, heads, window, native, _ = SWIN_V2[name]
     windows = [min(window, side) for side in stage_sides(native, len(depths), window)]
     backbone = SwinV2(embed_dim, depths, heads, window, image_size or native, windows)
     if weights:
@@ -327,7 +326,6 @@ def check_keys(wanted, found, what):
         raise InputError(f"{what}: {'; '.join(faults[:8] + ['...'] * (len(faults) > 8))}")
 
 # ---------------------------------------------------------------- the adapter
-
 class LavishAdapter(nn.Module):
     """One stream's update from the other stream, through m latent tokens (Sec. 3.2).
 
@@ -380,7 +378,6 @@ class LavishAdapter(nn.Module):
         return torch.einsum("ngi,goi->ngo", z, weight.squeeze(-1)).flatten(1)
 
 # ---------------------------------------------------------------- two streams, one frozen backbone
-
 class Lavish(nn.Module):
     """A frozen backbone with adapters beside every residual branch (Fig. 2).
 
@@ -661,7 +658,6 @@ class AVQA(nn.Module):
         return self.visual_out(torch.cat(views, -1).tanh())
 
 # ---------------------------------------------------------------- two verbs to copy
-
 def freeze_all_but_adapters(model):
     """Leave only the LavishAdapters of a model trainable (then unfreeze the head by hand)."""
     model.requires_grad_(False)

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Training: one plain loop per task, from data to test score.
 
-    python train.py ave                                     the toy, from nothing, in minutes
-    python train.py ave --data AVE_Dataset                  the paper's experiment on the real data
+    python train.py ave                              the toy, from nothing, in minutes
+    python train.py ave --data AVE_Dataset           the paper's experiment on the real data
+    python train.py eval runs/ave --data AVE_Dataset --split test
+    python train.py predict runs/ave VIDEO.mp4
 
 Toy data get the toy recipe below and real data the supplementary's numbers; each option overrides
 its entry. A run leaves in --out: adapters.pt (what was trained, at the best epoch on val),
-log.jsonl (one object per epoch) and result.json.
+log.jsonl (one object per epoch) and result.json; and until it is done state.pt, for --resume.
 """
 import argparse
-import concurrent.futures
+import collections
 import ctypes
 import json
 import multiprocessing
@@ -17,7 +19,10 @@ import os
 import platform
 import re
 import resource
+import shlex
 import sys
+import tempfile
+import textwrap
 import time
 
 import numpy as np
@@ -52,104 +57,94 @@ RECIPES = {
     ("avqa", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=1.5e-3,
                           head_lr=5e-4, lr_decay=0.9, hidden=128, moments=2, epochs=8)}
 
-TORCHVISION = "https://download.pytorch.org/models/swin_v2_{}.pth"
-MICROSOFT = ("https://github.com/SwinTransformer/storage/releases/download/v2.0.0/"
-             "swinv2_{}_patch4_window12_192_22k.pth")
-IMAGENET = {"tiny": TORCHVISION.format("t-b137f0e2"), "small": TORCHVISION.format("s-637d8ceb"),
-            "base": TORCHVISION.format("b-781e5279"), "base12": MICROSOFT.format("base"),
-            "large": MICROSOFT.format("large")}
-
 # ---------------------------------------------------------------- AVE
-
 def train_ave(args):
-    """Audio-visual event localisation: settings -> test accuracy over all seconds."""
-    start = time.time()
-    sets, loaders = open_data(args, data.AVE)
-    torch.manual_seed(args.seed)
-    classes = len(sets["train"].categories) + 1
-    model = lavish.AVE(build_net(args), classes)
-    forward, optimizer = prepare(args, model)
-    best, log = -1.0, []
-    for epoch in range(1, args.epochs + 1):
-        epoch_start, losses = time.time(), []
-        model.train()
-        loaders["train"].sampler.set_epoch(epoch)
-        for frames, spectrograms, labels in bar(loaders["train"], f"epoch {epoch}/{args.epochs}"):
-            logits = forward(frames.to(args.device), spectrograms.to(args.device))
+    """Audio-visual event localisation: settings -> result.json."""
+    loaders = open_data(args)
+    run = Run(args, build(args))
+    while run.goes_on():
+        for frames, spectrograms, labels in run.batches(loaders["train"]):
+            logits = run.forward(frames, spectrograms)
             # As released: binary cross-entropy of the softmax against the one-hot label.
-            targets = F.one_hot(labels.to(args.device), classes).float()
-            loss = F.binary_cross_entropy(logits.softmax(-1), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        val = score_ave(model, loaders["val"], args.device)
-        best = end_epoch(args, model, optimizer, log, losses, val, best, epoch_start)
-    load_checkpoint(args, model)
-    test = score_ave(model, loaders["test"], args.device)
-    labels = torch.stack([sets["test"].labels(i) for i in range(len(sets["test"]))])
-    background = (labels == classes - 1).float().mean().item()
-    finish(args, model, start, "accuracy per second", test,
-           {f"test accuracy, {len(labels)} clips x 10 s": test,
-            "if all were called background": background,
-            "if every clip's event filled it": 1 - background})
+            targets = F.one_hot(labels, logits.shape[-1]).float()
+            run.step(F.binary_cross_entropy(logits.softmax(-1), targets))
+        run.end_epoch(loaders["val"])
+    run.finish("accuracy per second", loaders["test"])
 
 @torch.no_grad()
-def score_ave(model, loader, device):
-    """The share of seconds with the right label, over all seconds of a split."""
+def score_ave(args, model, loader):
+    """-> (accuracy over all seconds of a split, what to print, what else to keep). The figure of a
+    confusion is its share of all seconds."""
     settle(model)
-    right = []
+    found, true = [], []
     for frames, spectrograms, labels in bar(loader, "score"):
-        found = model(frames.to(device), spectrograms.to(device)).argmax(-1).cpu()
-        right += (found == labels).float().mean(1).tolist()
-    return float(np.mean(gather(right)))
+        logits = model(frames.to(args.device), spectrograms.to(args.device))
+        found, true = found + logits.argmax(-1).tolist(), true + labels.tolist()
+    found, true = torch.tensor(gather(found)), torch.tensor(gather(true))      # (clips,10) each
+    names, wrong = [*args.classes, "background"], found != true
+    pairs = collections.Counter(zip(true[wrong].tolist(), found[wrong].tolist())).most_common(5)
+    score = 1 - wrong.float().mean().item()
+    background = (true == len(args.classes)).float().mean().item()
+    return score, {**{f"{names[a]}, called {names[b]}": n / true.numel() for (a, b), n in pairs},
+                   f"accuracy, {len(true)} clips x {true.shape[1]} s": score,
+                   "if all were called background": background,
+                   "if every clip's event filled it": 1 - background}, {}
+
+def predict_ave(args, model, frames, spectrograms, path):
+    """Prints the event of each second, and draws frames, spectrograms and events as a strip."""
+    p, event = model(frames[None], spectrograms[None])[0].softmax(-1).max(-1)
+    names = [[*args.classes, "background"][k] for k in event]
+    for t, (name, share) in enumerate(zip(names, p)):
+        print(f"{t:4} to {t + 1:2} s  {name:40} {share:.2f}")
+    text = [caption(f"{name} {share:.2f}") for name, share in zip(names, p)]
+    write_grid([see(frames), hear(spectrograms), torch.stack(text)], 10, path)
+    print(f"drawn in {path}")
 
 # ---------------------------------------------------------------- AVS
-
 def train_avs(args):
-    """Audio-visual segmentation: settings -> mean IoU over all test frames, and the F score."""
-    start = time.time()
-    sets, loaders = open_data(args, data.AVSBench)
-    torch.manual_seed(args.seed)
-    scale = args.channels / 256  # of the whole decoder; 1 as released
-    model = lavish.AVS(build_net(args), sets["train"].mask_size, args.channels,
-                       [int(w * scale) for w in (64, 128, 320, 512)],
-                       [int(w * scale) for w in (128, 32)])
-    forward, optimizer = prepare(args, model)
-    best, log = -1.0, []
-    for epoch in range(1, args.epochs + 1):
-        epoch_start, losses = time.time(), []
-        model.train()
-        loaders["train"].sampler.set_epoch(epoch)
-        for frames, spectrograms, masks in bar(loaders["train"], f"epoch {epoch}/{args.epochs}"):
+    """Audio-visual segmentation: settings -> result.json, and the first test clip as test.png."""
+    loaders = open_data(args)
+    run = Run(args, build(args))
+    while run.goes_on():
+        for frames, spectrograms, masks in run.batches(loaders["train"]):
             # S4 has a mask of the first frame only, so no other one is decoded to the end.
-            logits = forward(frames.to(args.device), spectrograms.to(args.device), True)
-            loss = F.binary_cross_entropy_with_logits(logits, masks.to(args.device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        val, _ = score_avs(model, loaders["val"], args.device)
-        best = end_epoch(args, model, optimizer, log, losses, val, best, epoch_start)
-    load_checkpoint(args, model)
-    test, f_score = score_avs(model, loaders["test"], args.device)
+            logits = run.forward(frames, spectrograms, True)
+            run.step(F.binary_cross_entropy_with_logits(logits, masks))
+        run.end_epoch(loaders["val"])
+    run.finish("mean IoU", loaders["test"])
     if process()[0] == 0:
-        picture_avs(model, sets["test"], args)
-    finish(args, model, start, "mean IoU", test,
-           {f"test mean IoU, {len(sets['test'])} clips x 5 frames": test,
-            "test F score (beta^2 = 0.3)": f_score}, f_score=f_score)
+        clip = (x.to(args.device) for x in loaders["test"].dataset[0][:2])
+        predict_avs(args, run.model, *clip, os.path.join(args.out, "test.png"))
 
 @torch.no_grad()
-def score_avs(model, loader, device):
-    """(mean IoU over all frames of a split, F score)."""
+def score_avs(args, model, loader):
+    """-> (mean IoU over all frames of a split, what to print, what else to keep)."""
     settle(model)
-    ious, f_score = [], FScore()
+    ious, fs, per_category = [], [], {}
     for frames, spectrograms, masks in bar(loader, "score"):
-        logits = model(frames.to(device), spectrograms.to(device)).cpu().flatten(0, 1)
+        logits = model(frames.to(args.device), spectrograms.to(args.device)).cpu().flatten(0, 1)
         ious += mask_iou(logits, masks.flatten(0, 1)).view(len(masks), -1).mean(1).tolist()
-        f_score.update(logits, masks.flatten(0, 1))
-    f_score.total, f_score.frames = (sum(gather([x])) for x in (f_score.total, f_score.frames))
-    return float(np.mean(gather(ious))), f_score.compute()
+        fs.append(f_scores(logits, masks.flatten(0, 1)))
+    # Averaged over the split, then maximised over the threshold. AVSBench maximises per batch and
+    # averages those, so that its score rises as batches get smaller.
+    ious, fs = gather(ious), torch.cat(gather([torch.cat(fs)]))                # (frames,255)
+    f_score = (fs.sum(0) / max(len(fs), 1)).max().item()
+    for iou, (_, category) in zip(ious, loader.dataset.clips):
+        per_category.setdefault(f"mean IoU of {category}", []).append(iou)
+    score = float(np.mean(ious))
+    return score, {**{key: float(np.mean(per_category[key])) for key in sorted(per_category)},
+                   f"mean IoU, {len(ious)} clips x 5 frames": score,
+                   "F score (beta^2 = 0.3)": f_score}, {"f_score": f_score}
+
+@torch.no_grad()
+def predict_avs(args, model, frames, spectrograms, path):
+    """Draws frames, spectrograms, and frames with what sounds in white; five seconds are a clip."""
+    clips = zip(frames.split(5), spectrograms.split(5))
+    logits = torch.cat([model(f[None], s[None])[0] for f, s in clips])         # (T,H,W)
+    for t, share in enumerate((logits > 0).float().mean((1, 2))):
+        print(f"{t:4} to {t + 1:2} s  marked {share:.1%} of the frame")
+    write_grid([see(frames), hear(spectrograms), mark(frames, logits)], 5, path)
+    print(f"drawn in {path}")
 
 def mask_iou(logits, masks):
     """Logits and 0/1 masks (N,H,W) -> IoU of each frame (N,), as AVSBench counts it: an empty
@@ -158,117 +153,136 @@ def mask_iou(logits, masks):
     iou = (p & m).sum(1) / (p | m).sum(1).clamp(min=1)
     return torch.where(m.any(1), iou, (~p).float().mean(1))
 
-class FScore:
-    """(1 + b) P R / (b P + R) with b = 0.3, at the best of 255 thresholds; frames with an empty
-    mask do not count. Averaged over the split and THEN maximised; AVSBench maximises per batch
-    and averages those, so that its score rises as batches get smaller."""
+def f_scores(logits, masks, beta2=0.3, thresholds=255):
+    """Logits and 0/1 masks (N,H,W) -> (1 + b) P R / (b P + R) of each frame that has a mask, at
+    each threshold: (n,thresholds)."""
+    p, m = logits.sigmoid().flatten(1), masks.flatten(1)
+    p, m = p[m.any(1)], m[m.any(1)]                                            # (n,H*W)
+    # How many pixels, of all and of the mask, reach each threshold: a histogram from the top.
+    level = torch.bucketize(p, torch.linspace(0, 1, thresholds), right=True)
+    counts = torch.zeros(2, len(p), thresholds + 1).scatter_add_(
+        2, level.expand(2, -1, -1), torch.stack([m, torch.ones_like(m)]))
+    hits, found = counts.flip(2).cumsum(2).flip(2)[..., 1:]                    # (n,thresholds)
+    # With P = hits / found and R = hits / |mask|:
+    return (1 + beta2) * hits / (beta2 * m.sum(1, keepdim=True) + found)
 
-    def __init__(self, beta2=0.3, thresholds=255):
-        self.beta2, self.frames = beta2, 0
-        self.thresholds, self.total = torch.linspace(0, 1, thresholds), torch.zeros(thresholds)
+# ---------------------------------------------------------------- pictures, tiles (T,3,H,W) in 0..1
+TILE = 112  # pixels a side
 
-    def update(self, logits, masks):
-        """Logits and 0/1 masks (N,H,W)."""
-        p, m = logits.sigmoid().flatten(1), masks.flatten(1)
-        p, m = p[m.any(1)], m[m.any(1)]                                        # (n,H*W)
-        # One histogram over the thresholds, of the pixels and of those in the mask, then summed
-        # from the top: how many pixels reach each threshold.
-        level = torch.bucketize(p, self.thresholds, right=True)
-        counts = torch.stack([m, torch.ones_like(m)])                          # (2,n,H*W)
-        histogram = torch.zeros(2, len(p), len(self.thresholds) + 1)
-        histogram.scatter_add_(2, level.expand_as(counts), counts)
-        hits, found = histogram.flip(2).cumsum(2).flip(2)[..., 1:]             # (n,thresholds)
-        # With P = hits / found and R = hits / |mask|:
-        f = (1 + self.beta2) * hits / (self.beta2 * m.sum(1, keepdim=True) + found)
-        self.total, self.frames = self.total + f.sum(0), self.frames + len(p)
-
-    def compute(self):
-        return (self.total.max() / max(self.frames, 1)).item()
-
-@torch.no_grad()
-def picture_avs(model, dataset, args, clips=6, tile=96):
-    """Test clips as rows of a PNG in --out: frames, spectrograms, true masks, predicted masks."""
-    rows = []
+def see(frames):
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    for i in range(min(clips, len(dataset))):
-        frames, spectrograms, masks = dataset[i]
-        found = model(frames[None].to(args.device), spectrograms[None].to(args.device))[0].cpu() > 0
-        seen = F.interpolate((frames * std + mean).clamp(0, 1), masks.shape[1:], mode="bilinear")
-        marked = torch.stack([torchvision.utils.draw_segmentation_masks(
-            (frame * 255).byte(), mask, 0.7, "white") for frame, mask in zip(seen, found)]) / 255
-        heard = (0.4 + spectrograms / 3).clamp(0, 1).transpose(1, 2).flip(1)  # time runs right
-        tiles = [seen, heard[:, None].expand(-1, 3, -1, -1), masks[:, None].expand(-1, 3, -1, -1),
-                 marked]
-        rows += [F.interpolate(images, (tile, tile)) for images in tiles]
-    grid = torchvision.utils.make_grid(torch.cat(rows), 4 * dataset.seconds, 4, pad_value=1)
-    data.write_atomic(os.path.join(args.out, "test.png"),
-                      torchvision.io.encode_png((grid * 255).byte()).numpy().tobytes())
+    return F.interpolate((frames.cpu() * std + mean).clamp(0, 1), (TILE, TILE), mode="bilinear")
+
+def hear(spectrograms):
+    heard = (0.4 + spectrograms.cpu() / 3).clamp(0, 1).transpose(1, 2).flip(1)  # time runs right
+    return F.interpolate(heard[:, None].expand(-1, 3, -1, -1), (TILE, TILE))
+
+def mark(frames, logits):
+    masks = F.interpolate(logits.cpu()[:, None], (TILE, TILE), mode="bilinear")[:, 0] > 0
+    return torch.stack([torchvision.utils.draw_segmentation_masks(frame, mask, 0.7, "white")
+                        for frame, mask in zip(see(frames), masks)])
+
+def caption(text):
+    """(3,TILE,TILE). torchvision writes text beside boxes only."""
+    box, paper = torch.tensor([[0, 0, TILE - 1, TILE - 1]]), torch.ones(3, TILE, TILE)
+    return torchvision.utils.draw_bounding_boxes(paper, box, [textwrap.fill(text, 17)], "black")
+
+def write_grid(rows, columns, path):
+    """Rows of tiles, each broken after `columns`, as a PNG."""
+    rows = [F.pad(row, [0] * 7 + [-len(row) % columns], value=1.0).split(columns) for row in rows]
+    grid = torchvision.utils.make_grid(torch.cat(sum(zip(*rows), ())), columns, 4, pad_value=1)
+    data.write_atomic(path, torchvision.io.encode_png((grid * 255).byte()).numpy().tobytes())
 
 # ---------------------------------------------------------------- AVQA
-
 def train_avqa(args):
-    """Audio-visual question answering: settings -> test accuracy, per type and over all."""
-    start = time.time()
-    sets, loaders = open_data(args, data.MusicAVQA, moments=args.moments)
-    args.vocabulary = sets["train"].vocabulary  # so that the checkpoint holds it
-    torch.manual_seed(args.seed)
-    model = lavish.AVQA(build_net(args), len(args.vocabulary["words"]),
-                        len(args.vocabulary["answers"]), args.hidden)
-    forward, optimizer = prepare(args, model)
-    best, log = -1.0, []
-    for epoch in range(1, args.epochs + 1):
-        epoch_start, losses = time.time(), []
-        model.train()
-        loaders["train"].sampler.set_epoch(epoch)
-        for batch in bar(loaders["train"], f"epoch {epoch}/{args.epochs}"):
-            frames, spectrograms, question, answer, foreign = (x.to(args.device) for x in batch)
-            logits, match = forward(frames, spectrograms, question, foreign)
+    """Audio-visual question answering: settings -> result.json."""
+    loaders = open_data(args)
+    run = Run(args, build(args))
+    while run.goes_on():
+        for frames, spectrograms, question, answer, foreign in run.batches(loaders["train"]):
+            logits, match = run.forward(frames, spectrograms, question, foreign)
             loss = F.cross_entropy(logits, answer)
             if match is not None:  # does this frame go with this sound? 1 for the real half
                 real = torch.arange(len(match), device=args.device) < len(match) // 2
                 loss = loss + 0.5 * F.cross_entropy(match, real.long())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        val = float(np.mean(score_avqa(model, loaders["val"], args.device)))
-        best = end_epoch(args, model, optimizer, log, losses, val, best, epoch_start)
-    load_checkpoint(args, model)
-    right = score_avqa(model, loaders["test"], args.device)
-    table, per_type = {}, {}
-    for modality, kind in sorted({q["type"] for q in sets["test"].questions}):
-        per_type.setdefault(modality, []).append(kind)
-    for modality, kinds in per_type.items():
-        for kind in (*kinds, "average"):
-            chosen = [r for r, q in zip(right, sets["test"].questions)
-                      if q["type"][0] == modality and kind in (q["type"][1], "average")]
-            table[f"{modality} {kind} ({len(chosen)})"] = float(np.mean(chosen))
-    test = float(np.mean(right))
-    finish(args, model, start, "accuracy", test,
-           {**table, f"test accuracy, {len(right)} questions": test,
-            "from the words of the question alone": words_alone(sets)}, per_type=table)
+            run.step(loss)
+        run.end_epoch(loaders["val"])
+    run.finish("accuracy", loaders["test"])
 
 @torch.no_grad()
-def score_avqa(model, loader, device):
-    """For each question of a split, whether it is answered rightly."""
+def score_avqa(args, model, loader):
+    """-> (accuracy over all questions of a split, what to print, what else to keep): by type, and
+    what the words alone would score: the commonest training answer to the same words, or to any."""
     settle(model)
-    right = []
-    for *batch, answer in bar(loader, "score"):
-        right += (model(*(x.to(device) for x in batch))[0].argmax(-1).cpu() == answer).tolist()
-    return gather(right)
-
-def words_alone(sets):
-    """Test accuracy of the commonest training answer to the same words, or to any if unknown."""
-    answers = {}
-    for q in sets["train"].questions:
+    right, questions, table = [], loader.dataset.questions, {}
+    for *inputs, answer in ((*batch[:3], batch[3]) for batch in bar(loader, "score")):
+        found = model(*(x.to(args.device) for x in inputs))[0].argmax(-1)
+        right += (found.cpu() == answer).tolist()
+    right, types = gather(right), sorted({q["type"] for q in questions})
+    for modality, kind in sorted([*types, *{(modality, "average") for modality, _ in types}]):
+        chosen = [r for r, q in zip(right, questions)
+                  if q["type"] == (modality, kind) or (q["type"][0], "average") == (modality, kind)]
+        table[f"{modality} {kind} ({len(chosen)})"] = float(np.mean(chosen))
+    answers, score = {}, float(np.mean(right))
+    for q in data.read_questions(os.path.join(args.data, "avqa-train.json")):
         for key in (tuple(q["words"]), None):
             answers.setdefault(key, []).append(q["answer"])
     guess = {key: max(dict.fromkeys(a), key=a.count) for key, a in answers.items()}
-    return float(np.mean([guess.get(tuple(q["words"]), guess[None]) == q["answer"]
-                          for q in sets["test"].questions]))
+    words = [guess.get(tuple(q["words"]), guess[None]) == q["answer"] for q in questions]
+    return score, {**table, f"accuracy, {len(right)} questions": score, "from the words of the "
+                   "question alone": float(np.mean(words))}, {"per_type": table}
+
+def predict_avqa(args, model, frames, spectrograms, asked):
+    """Prints the three likeliest answers."""
+    words = asked.strip().rstrip("?\uff1f").split(" ")
+    question = data.encode(words, args.vocabulary)[None].to(args.device)
+    p = model(frames[None], spectrograms[None], question)[0][0].softmax(-1)
+    for share, k in zip(*p.topk(min(3, len(p)))):
+        print(f"  {args.vocabulary['answers'][k]:40} {share:.2f}")
+
+# ---------------------------------------------------------------- a trained run
+def load_run(args):
+    """(settings, model) of a run's folder, on --device."""
+    path = os.path.join(args.run, "adapters.pt")
+    run = argparse.Namespace(**load_file(path)["settings"])
+    run.device, run.out, run.compile = args.device, args.run, False
+    model = build(run)
+    prepare(run, model)
+    load_checkpoint(run, model)
+    return run, model.eval()
+
+def evaluate(args):
+    """Scores a trained run on a split."""
+    run, model = load_run(args)
+    run.data, known = args.data or run.data, getattr(run, FACT[run.task])
+    dataset = open_split(run, args.split)
+    if known != getattr(dataset, FACT[run.task]):
+        raise InputError(f"{run.data} has other {FACT[run.task]} than {args.run} was trained with")
+    print_table(SCORE[run.task](run, model, torch.utils.data.DataLoader(
+        dataset, run.batch_size, num_workers=args.workers))[1])
+    print(f"Next, on a video of yours: python train.py predict {shlex.quote(args.run)} VIDEO")
+
+@torch.no_grad()
+def predict(args):
+    """A trained run on videos as they come, through a temporary extraction."""
+    run, model = load_run(args)
+    if (run.task == "avqa") != bool(args.question):
+        raise InputError("--question goes with a run of avqa, and with no other")
+    for video in args.video:
+        with tempfile.TemporaryDirectory() as folder:
+            name = data.extract_video(video, folder)
+            paths, wav = data.video_files(folder, name)
+            seconds = data.seconds_of(data.read_wav(wav), len(paths))
+            if run.task == "avqa":
+                at = data.moments(len(paths), run.moments)
+                paths, seconds = [paths[k] for k in at], seconds[at]
+            clip = data.read_clip(paths, seconds, run.image_size, run.stats)
+        print(video)
+        PREDICT[run.task](run, model, *(x.to(run.device) for x in clip), args.question or
+                          os.path.join(args.out, f"{name}-{run.task}.png"))
+    print(f"Next, on a data set: python train.py eval {shlex.quote(args.run)} --data FOLDER")
 
 # ---------------------------------------------------------------- cost
-
 def bench(args):
     """The cost of a task on random data at any size: a row for each of --latents, with --baseline
     beside the released way of computing the same. Each row is measured in a process of its own.
@@ -281,10 +295,10 @@ def bench(args):
     rows, spawn = [], multiprocessing.get_context("spawn")
     cases = [(args.latents[0], True)] * args.baseline + [(m, False) for m in args.latents]
     for m, released in cases:
-        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-            rows.append(row := pool.submit(measure, args, m, released).result())
+        with spawn.Pool(1) as pool:
+            rows.append(row := pool.apply(measure, (args, m, released)))
         speeds = ["{1:.3g} ({0:.3g}-{2:.3g})".format(*row[k]) for k in ("train", "eval")]
-        print(f"{m:3} {'released' * released:8} {row['gflop']:6.0f} {row['step_gflop']:6.0f}  "
+        print(f"{m:3} {'released' * released:8} {row['gflop']:6.1f} {row['step_gflop']:6.1f}  "
               f"{speeds[0]:18} {speeds[1]:18} {row['peak']:4.1f} +{row['weights']:4.1f} "
               f"{row['share']:4.0%}", flush=True)
     if args.baseline:
@@ -301,38 +315,37 @@ def measure(args, latents, released):
         as_released()
         args.precision, args.compile, args.checkpoint_activations = "fp32", False, False
     else:
-        keep_memory()
-    head = {"ave": lavish.AVE, "avs": lavish.AVS, "avqa": lavish.AVQA}[args.head]
+        keep_memory(args.checkpoint_activations)
+    args.task, args.classes, args.mask_size = args.head, range(28), 224
+    args.vocabulary = {"words": range(93), "answers": range(42)}
 
-    def build(args, device):
+    def random(args, device):  # model, inputs for evaluation, more inputs for training
         with torch.device(device):
-            model, T, B = head(build_net(args)), 5 if args.head == "avs" else 10, args.batch_size
-            S = model.net.backbone.image_size
-            inputs = [torch.randn(B, T, 3, S, S), torch.randn(B, T, S, S)]
-            inputs += [torch.ones(B, 14, dtype=torch.long)] * (args.head == "avqa")
-            # Of S4's frames the loss wants the first; the release decodes them all.
-            return model, inputs, {"ave": [], "avs": [not released], "avqa": inputs[:1]}[args.head]
+            model, T, B = build(args), 5 if args.task == "avs" else 10, args.batch_size
+            inputs = [torch.randn(B, T, 3, args.image_size, args.image_size),
+                      torch.randn(B, T, args.image_size, args.image_size),
+                      torch.ones(B, 14, dtype=torch.long)][:3 if args.task == "avqa" else 2]
+        # Of S4's frames the loss wants the first; the release decodes them all.
+        return model, inputs, {"ave": [], "avs": [not released], "avqa": inputs[:1]}[args.task]
 
     def step(forward, inputs, more, optimizer=None):
         outputs = forward(*inputs, *more)
-        sum(x.square().mean() for x in (outputs if args.head == "avqa" else [outputs])).backward()
+        sum(x.square().mean() for x in (outputs if args.task == "avqa" else [outputs])).backward()
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()
 
     counted = {**vars(args), "precision": "fp32", "checkpoint_activations": False}
-    model, inputs, more = build(argparse.Namespace(**counted), "meta")  # shapes without memory
+    model, inputs, more = random(argparse.Namespace(**counted), "meta")  # shapes without memory
     row = {"latents": latents, "released": released}
     for key, run in (("gflop", lambda: model(*inputs)),
                      ("step_gflop", lambda: step(model, inputs, more))):
         with FlopCounterMode(display=False) as counter:
             run()
         row[key] = counter.get_total_flops() / args.batch_size / 1e9
-    torch.manual_seed(args.seed)
-    model, inputs, more = build(args, args.device)
-    forward, optimizer = prepare(args, model)
+    model, inputs, more = random(args, args.device)
+    forward, optimizer = prepare(args, model.train())
     row["weights"] = sum(t.nbytes for t in model.state_dict().values()) / 1e9
-    model.train()
     row["train"] = speed(args, lambda: step(forward, inputs, more, optimizer))
     row["peak"] = (peak_memory(args.device) - start) / 1e9 - row["weights"]
     model.eval()
@@ -391,24 +404,18 @@ def as_released():
 
 def bench_loader(args):
     """Clips a second of AVE's loader, beside a loop that opens the wav anew for each second."""
-    dataset = data.AVE(args.data, "train", args.image_size)
+    dataset, rates = data.AVE(args.data, "train", args.image_size), []
     dataset = torch.utils.data.Subset(dataset, range(min(len(dataset), 24 * args.repeat)))
-
-    def rate(clips):
+    read = data.AVE.sound
+    for clips in (torch.utils.data.DataLoader(dataset, 4, num_workers=args.workers), dataset):
         start = time.perf_counter()
-        for _ in clips:
-            pass
-        return len(dataset) / (time.perf_counter() - start)
-
-    ours = rate(torch.utils.data.DataLoader(dataset, 4, num_workers=args.workers))
-    read, of_a_second = data.AVE.sound, range(data.AVE.seconds)
-    data.AVE.sound = lambda self, i: torch.stack([read(self, i)[t] for t in of_a_second])
-    naive = rate(dataset)
-    print(f"{args.data}, {args.image_size} px, {args.workers} workers: {ours:.1f} clips/s, a wav "
-          f"opened per second {naive:.1f}: {ours / naive:.1f} times")
+        collections.deque(clips, 0)
+        rates.append(len(dataset) / (time.perf_counter() - start))
+        data.AVE.sound = lambda self, i: torch.stack([read(self, i)[t] for t in range(10)])
+    print(f"{args.data}, {args.image_size} px, {args.workers} workers: {rates[0]:.1f} clips/s, a "
+          f"wav opened per second {rates[1]:.1f}: {rates[0] / rates[1]:.1f} times")
 
 # ---------------------------------------------------------------- what the loops share
-
 def build_net(args):
     """The frozen backbone with its adapters, as the settings say."""
     backbone = lavish.swin_v2(args.backbone, args.image_size, load_weights(args))
@@ -422,6 +429,19 @@ def build_net(args):
     except ValueError as error:  # the adapter's own words about its dim
         raise InputError(f"--reduction and --groups do not fit {args.backbone}: {error}") from None
 
+def build(args):
+    """The model of a task, as the settings say."""
+    torch.manual_seed(args.seed)
+    net = build_net(args)
+    if args.task == "ave":
+        return lavish.AVE(net, len(args.classes) + 1)
+    if args.task == "avs":  # widths of the whole decoder scale with --channels; 256 as released
+        scale = lambda *widths: [int(w * args.channels / 256) for w in widths]
+        return lavish.AVS(net, args.mask_size, args.channels, scale(64, 128, 320, 512),
+                          scale(128, 32))
+    return lavish.AVQA(net, len(args.vocabulary["words"]), len(args.vocabulary["answers"]),
+                       args.hidden)
+
 def load_weights(args):
     """The backbone's state dict by --weights: None for "none", nano's own for "toy", the published
     ones for "imagenet" (kept in torch.hub's folder and taken from there next time), or a file."""
@@ -430,10 +450,12 @@ def load_weights(args):
         return load_file(pretrain_nano(os.path.join(folder, "nano.pt"), args.device))
     if args.weights != "imagenet":
         return None if args.weights == "none" else load_file(args.weights)
-    if args.backbone not in IMAGENET:
-        raise InputError(f"no ImageNet weights are known for the backbone {args.backbone!r}; there "
-                         f"are for {', '.join(IMAGENET)}; or give a file's path")
-    url = IMAGENET[args.backbone]
+    file = lavish.SWIN_V2.get(args.backbone, [None])[-1]
+    if not file:
+        raise InputError(f"no ImageNet weights of a {args.backbone!r} are known; give a file's path")
+    url = ("https://github.com/SwinTransformer/storage/releases/download/v2.0.0/swinv2_"
+           f"{file}_patch4_window12_192_22k.pth" if file in ("base", "large") else
+           f"https://download.pytorch.org/models/swin_v2_{file}.pth")
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except OSError as error:  # urllib's URLError is one
@@ -447,23 +469,21 @@ def load_file(path):
     except FileNotFoundError:
         raise InputError(f"no weights at {path}; check the path, or give 'imagenet'") from None
     except Exception as error:  # what torch raises for a file that is none is not documented
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
+        raise InputError(f"{path} is not a checkpoint of tensors "
+                         f"({str(error).strip().splitlines()[0]})") from None
 
 @torch.random.fork_rng()  # a run that finds it done starts from the same random state
 def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
-    """What ImageNet is to the paper's backbone: the nano Swin-V2 learns 60 kinds of toy IMAGES.
-
-    No sound is involved. Done once; returns the path of the weights.
-    """
+    """What ImageNet is to the paper's backbone: the nano Swin-V2 learns 60 kinds of toy IMAGES, no
+    sound. Done once; returns the path of the weights."""
     if os.path.exists(path):
         return path
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     backbone = lavish.swin_v2("nano").to(device)
     head = nn.Linear(backbone.dims[-1], 60).to(device)
-    parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr,
+                                  weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     mean, std = (torch.tensor(v, device=device)[:, None, None]
                  for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
@@ -521,17 +541,30 @@ def process():
 def trainable(module):
     return [p for p in module.parameters() if p.requires_grad]
 
-def open_data(args, kind, **settings):
-    """The three splits and their loaders, with every file known to be there."""
+def open_split(args, split):
+    """One split, with every file known to be there. What a model must know of its data (its FACT
+    and the spectrograms' statistics) becomes part of the settings, and so of the checkpoint."""
+    more = {"moments": args.moments, "vocabulary": vars(args).get("vocabulary")
+            } if args.task == "avqa" else {}
+    dataset = data.DATASETS[args.task](args.data, split, args.image_size, **more)
+    dataset.stats = args.stats = vars(args).get("stats", dataset.stats)
+    setattr(args, FACT[args.task], getattr(dataset, FACT[args.task]))
+    found = data.survey(dataset)
+    if missing := found["missing"]:
+        raise InputError(f"{len(missing)} of {len(data.one_per_sound(dataset))} clips lack files, "
+                         f"first {missing[0]}; {dataset.remedy}")
+    if short := found["short"]:
+        print(f"{len(short)} {split} sounds end early: silence follows, first {short[0]}")
+    return dataset
+
+def open_data(args):
+    """The loaders of the three splits."""
     os.makedirs(args.out, exist_ok=True)
-    sets = {split: kind(args.data, split, args.image_size, **settings)
-            for split in ("train", "val", "test")}
     loaders, (rank, processes) = {}, process()
-    for split, dataset in sets.items():
-        if short := data.check_files(dataset):
-            print(f"{len(short)} {split} sounds end early: silence follows, first {short[0]}")
+    for split in ("train", "val", "test"):
+        dataset = open_split(args, split)
         if args.cache:
-            dataset = [dataset[i] for i in bar(range(len(dataset)), f"read {split}")]
+            dataset.kept = [dataset[i] for i in bar(range(len(dataset)), f"read {split}")]
         # The order of an epoch follows from the seed and the epoch's number. Nothing is drawn when
         # an item is read, so that the number of workers does not matter.
         sampler = (torch.utils.data.DistributedSampler(dataset, processes, rank, seed=args.seed)
@@ -539,144 +572,214 @@ def open_data(args, kind, **settings):
         loaders[split] = torch.utils.data.DataLoader(
             dataset, args.batch_size, sampler=sampler, num_workers=args.workers,
             persistent_workers=args.workers > 0, pin_memory=args.device != "cpu")
-    return sets, loaders
+    return loaders
 
-def end_epoch(args, model, optimizer, log, losses, val, best, start):
-    """Log an epoch, keep the model if it is the best on val, decay. Returns the best val so far."""
-    log.append({"epoch": len(log) + 1, "loss": float(np.mean(losses)), "val": val,
-                "seconds": time.time() - start})
-    print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(**log[-1]),
-          "  best so far" if val > best else "", flush=True)
-    if process()[0] == 0:
-        if val > best:  # chosen on val; the released AVE and AVS code choose on test
-            data.save_atomic({"settings": vars(args), "trained": lavish.trained_state_dict(model)},
-                             os.path.join(args.out, "adapters.pt"))
-        data.write_atomic(os.path.join(args.out, "log.jsonl"),
-                          "".join(json.dumps(entry) + "\n" for entry in log).encode())
-    for group in optimizer.param_groups:
-        group["lr"] *= args.lr_decay
-    return max(val, best)
+class Run:
+    """What the loops share: a model in training, and what is kept of it after each epoch.
+
+    state.pt holds all that --resume needs to go on with the same numbers, bit for bit on one
+    machine with one process.
+    """
+
+    def __init__(self, args, model):
+        self.args, self.model, self.start = args, model, time.time()
+        self.forward, self.optimizer = prepare(args, model)
+        self.log, self.best, self.state = [], -1.0, os.path.join(args.out, "state.pt")
+        if args.resume:
+            self.resume()
+        elif os.path.exists(self.state):
+            raise InputError(f"{args.out} holds a run that is not done: add --resume to go on with "
+                             f"it, or choose another --out, or remove {self.state}")
+
+    def resume(self):
+        saved, now = load_file(self.state), vars(self.args)
+        other = {key for key in now if now[key] != saved["settings"].get(key)}
+        if other := sorted(other - {"out", "resume", "epochs", "workers", "cache", "data"}):
+            raise InputError(f"{self.state} is of a run with other settings: {', '.join(other)}")
+        lavish.load_trained_state_dict(self.model, saved["trained"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.log, self.best = saved["log"], saved["best"]
+        self.start -= sum(entry["seconds"] for entry in self.log)
+        torch.set_rng_state(saved["random"])
+        if self.args.device != "cpu":
+            torch.cuda.set_rng_state(saved["random_cuda"])
+
+    def goes_on(self):
+        return len(self.log) < self.args.epochs
+
+    def batches(self, loader):
+        """The batches of an epoch, on the device; the model is in training."""
+        self.epoch_start, self.losses, epoch = time.time(), [], len(self.log) + 1
+        self.model.train()
+        loader.sampler.set_epoch(epoch)
+        for batch in bar(loader, f"epoch {epoch}/{self.args.epochs}"):
+            yield [x.to(self.args.device) for x in batch]
+
+    def step(self, loss):
+        """One step of Adam; a loss that is not finite ends the run before it does harm."""
+        self.losses.append(loss.item())
+        if not np.isfinite(self.losses[-1]):
+            raise InputError(f"the loss is {self.losses[-1]} in epoch {len(self.log) + 1}, step "
+                             f"{len(self.losses)}; try a lower --lr. What {self.args.out} holds is "
+                             "from the epochs before")
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def end_epoch(self, loader):
+        """Scores on val, logs, decays; keeps the state, and the model if it is the best so far."""
+        args, val = self.args, SCORE[self.args.task](self.args, self.model, loader)[0]
+        self.log.append({"epoch": len(self.log) + 1, "loss": float(np.mean(self.losses)),
+                         "val": val, "seconds": time.time() - self.epoch_start})
+        print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(
+            **self.log[-1]), "  best so far" if val > self.best else "", flush=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= args.lr_decay
+        better, self.best = val > self.best, max(val, self.best)
+        kept = {"settings": vars(args), "trained": lavish.trained_state_dict(self.model)}
+        if process()[0] == 0:
+            if better:  # chosen on val; the released AVE and AVS code choose on test
+                data.save_atomic(kept, os.path.join(args.out, "adapters.pt"))
+            data.write_lines(map(json.dumps, self.log), os.path.join(args.out, "log.jsonl"))
+            data.save_atomic({
+                **kept, "log": self.log, "best": self.best, "random": torch.get_rng_state(),
+                "random_cuda": torch.cuda.get_rng_state() if args.device != "cpu" else None,
+                "optimizer": self.optimizer.state_dict()}, self.state)
+
+    def finish(self, metric, loader):
+        """Tests the best epoch's model; result.json, a table, and the command to type next."""
+        args, counts = self.args, lavish.count_parameters(self.model)
+        if dist.is_initialized():
+            dist.barrier()  # until the first process has written it
+        load_checkpoint(args, self.model)
+        test, table, more = SCORE[args.task](args, self.model, loader)
+        if process()[0]:
+            return
+        seconds, out = time.time() - self.start, shlex.quote(args.out)
+        result = {"task": args.task, "modality": args.modality, "metric": metric, "test": test,
+                  "seconds": seconds, "seed": args.seed, "trainable_parameters": counts[0],
+                  "total_parameters": counts[1], "settings": vars(args), **more,
+                  "versions": {"python": platform.python_version(), **{
+                      m.__name__: m.__version__ for m in (torch, torchvision, torchaudio, np)}}}
+        data.write_lines([json.dumps(result, indent=1)], os.path.join(args.out, "result.json"))
+        os.remove(self.state)
+        print("\ntest")
+        print_table(table)
+        print(f"{'trainable of all parameters':45} {counts[0]:,} of {counts[1]:,}\n"
+              f"{'time':45} {seconds:.0f} s\n\n{out} holds adapters.pt, log.jsonl, result.json\n"
+              f"Next, on a video of yours: python train.py predict {out} VIDEO")
+
+def print_table(table):
+    for text, score in table.items():
+        print(f"{text:45} {score:.4f}")
 
 def load_checkpoint(args, model):
-    if dist.is_initialized():
-        dist.barrier()  # until the first process has written it
     path = os.path.join(args.out, "adapters.pt")
     lavish.load_trained_state_dict(model, load_file(path)["trained"],
                                    f"{path} is of another configuration")
 
-def finish(args, model, start, metric, test, table, **more):
-    """Write result.json, print the closing table and the command to type next."""
-    if process()[0]:
-        return
-    counts = lavish.count_parameters(model)
-    seconds = time.time() - start
-    result = {"task": args.task, "modality": args.modality, "metric": metric, "test": test,
-              "seconds": seconds, "seed": args.seed, "trainable_parameters": counts[0],
-              "total_parameters": counts[1], "settings": vars(args), **more,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                           "torchvision": torchvision.__version__,
-                           "torchaudio": torchaudio.__version__, "numpy": np.__version__}}
-    data.write_atomic(os.path.join(args.out, "result.json"), json.dumps(result, indent=1).encode())
-    print()
-    for text, score in table.items():
-        print(f"{text:45} {score:.4f}")
-    print(f"{'trainable of all parameters':45} {counts[0]:,} of {counts[1]:,}\n"
-          f"{'time':45} {seconds:.0f} s\n\n"
-          f"{args.out} holds adapters.pt, log.jsonl, result.json")
+FACT = {"ave": "classes", "avs": "mask_size", "avqa": "vocabulary"}
+SCORE = {"ave": score_ave, "avs": score_avs, "avqa": score_avqa}
+PREDICT = {"ave": predict_ave, "avs": predict_avs, "avqa": predict_avqa}
 
 def command_line():
-    """The parser of all commands."""
-    net = argparse.ArgumentParser(add_help=False)  # what a net is made of
-    option = net.add_argument
-    option("--backbone", help=", ".join(lavish.SWIN_V2))
-    option("--weights", help="imagenet, none, toy (nano on toy images), or a checkpoint's path")
-    option("--image-size", type=positive, help="pixels a side, of frames and spectrograms")
-    option("--reduction", type=positive, help="width of a stage over width of its bottleneck")
-    option("--groups", type=positive, help="groups of the bottleneck's convolutions")
-    option("--modality", choices=("av", "v", "a"), default="av",
-           help="v or a: the other stream is out, adapters and all")
-    option("--drop-path", type=float, default=0.0,
-           help="stochastic depth of the frozen backbone (0.1 in the released code)")
-    option("--batch-size", type=positive, help="clips in a step, of each process")
-    option("--precision", choices=("fp32", "bf16"), help="bf16: autocast; the default on a GPU")
-    option("--compile", action="store_true", help="torch.compile; the first step takes minutes")
-    option("--checkpoint-activations", action="store_true",
-           help="about half the memory, for a third more computing")
-    option("--seed", type=int, default=0)
-    option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run = argparse.ArgumentParser(add_help=False, parents=[net])  # and how it is trained
-    option = run.add_argument
-    option("--latents", type=positive, help="latent tokens per adapter")
-    option("--data", help="data set folder; toy data if not given, made where absent")
-    option("--lr", type=float, help="of the adapters")
-    option("--head-lr", type=float, help="of the head")
-    option("--lr-decay", type=float, help="factor on both after each epoch; 1 in the paper")
-    option("--epochs", type=positive)
-    option("--workers", type=int, help="processes that load data")
-    option("--cache", action="store_true", help="keep decoded clips in memory; on for toys")
-    option("--out", help="folder for the results")
-
+    """The parser of all commands: TASK, bench, eval, predict."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = parser.add_subparsers(dest="task", required=True)
-    tasks.add_parser("ave", parents=[run], help="audio-visual event localisation")
-    avs = tasks.add_parser("avs", parents=[run], help="audio-visual segmentation")
-    avs.add_argument("--channels", type=positive, help="width of the mask decoder")
-    avqa = tasks.add_parser("avqa", parents=[run], help="audio-visual question answering")
-    avqa.add_argument("--hidden", type=positive, help="width of the head")
-    avqa.add_argument("--moments", type=positive, help="seconds taken from a video")
-    cost = tasks.add_parser("bench", parents=[net], help="speed and memory on random data")
-    cost.add_argument("head", choices=("ave", "avs", "avqa", "loader"), help="what to measure")
-    cost.add_argument("--latents", type=positive, nargs="+", help="a row for each")
-    cost.add_argument("--repeat", type=positive, default=3, help="measured steps")
-    cost.add_argument("--baseline", action="store_true", help="the released way as well")
-    cost.add_argument("--data", default="toy/ave", help="for the loader")
-    cost.add_argument("--workers", type=int, default=2, help="for the loader")
-    cost.add_argument("--out", help="a JSON file for the figures")
+    commands = parser.add_subparsers(dest="task", required=True)
+    command = {name: commands.add_parser(name, help=text) for name, text in (
+        ("ave", "audio-visual event localisation"), ("avs", "audio-visual segmentation"),
+        ("avqa", "audio-visual question answering"), ("bench", "speed and memory on random data"),
+        ("eval", "score a trained run"), ("predict", "a trained run on your videos"))}
+
+    def option(names, *flags, **settings):
+        for name in names.split():
+            command[name].add_argument(*flags, **settings)
+
+    run, net = "ave avs avqa", "ave avs avqa bench"
+    option("bench", "head", choices=("ave", "avs", "avqa", "loader"), help="what to measure")
+    option("eval predict", "run", help="a folder that training left")
+    option("predict", "video", nargs="+", help="anything that ffmpeg reads")
+    option(net, "--backbone", help=", ".join(lavish.SWIN_V2))
+    option(net, "--weights", help="imagenet, none, toy (nano on toy images), or a file's path")
+    option(net, "--image-size", type=positive, help="side of frames and spectrograms, pixels")
+    option(run, "--latents", type=positive, help="latent tokens per adapter")
+    option("bench", "--latents", type=positive, nargs="+", help="a row for each")
+    option(net, "--reduction", type=positive, help="width of a stage over that of its bottleneck")
+    option(net, "--groups", type=positive, help="groups of the bottleneck's convolutions")
+    option(net, "--modality", choices=("av", "v", "a"), default="av",
+           help="v or a: the other stream is out, adapters and all")
+    option(net, "--drop-path", type=float, default=0.0,
+           help="stochastic depth of the frozen backbone (0.1 in the released code)")
+    option("avs", "--channels", type=positive, help="width of the mask decoder")
+    option("avqa", "--hidden", type=positive, help="width of the head")
+    option("avqa", "--moments", type=positive, help="seconds taken from a video")
+    option(net, "--batch-size", type=positive, help="clips in a step, of each process")
+    option(run, "--lr", type=float, help="of the adapters")
+    option(run, "--head-lr", type=float, help="of the head")
+    option(run, "--lr-decay", type=float, help="factor on both after each epoch; 1 in the paper")
+    option(run, "--epochs", type=positive)
+    option(net, "--precision", choices=("fp32", "bf16"), help="bf16: autocast; default on a GPU")
+    option(net, "--compile", action="store_true", help="torch.compile; the first step takes minutes")
+    option(net, "--checkpoint-activations", action="store_true",
+           help="a fifth of the memory, for half as much time again")
+    option(net, "--seed", type=int, default=0)
+    option(net + " eval predict", "--device",
+           default="cuda" if torch.cuda.is_available() else "cpu")
+    option(run + " eval", "--data", help="data set folder; toy data, or the run's, if not given")
+    option("bench", "--data", default="toy/ave", help="for the loader")
+    option("eval", "--split", choices=("train", "val", "test"), default="test")
+    option(run, "--workers", type=int, help="processes that load data")
+    option("bench eval", "--workers", type=int, default=2, help="processes that load data")
+    option(run, "--cache", action="store_true", help="keep decoded clips in memory; on for toys")
+    option("predict", "--question", help="for avqa")
+    option("bench", "--repeat", type=positive, default=3, help="measured steps")
+    option("bench", "--baseline", action="store_true", help="the released way as well")
+    option(run + " bench", "--out", help="folder for the results; of bench, a JSON file")
+    option("predict", "--out", default=".", help="folder for the pictures")
+    option(run, "--resume", action="store_true", help="go on with the run in --out that stopped")
     return parser
 
 def parse(arguments=None):
     """The settings: what the command line gives, and for the rest the recipe of task and data."""
     args = command_line().parse_args(arguments)
+    if args.task in ("eval", "predict"):
+        return args
     if args.precision is None:
         gpu = args.device.startswith("cuda") and torch.cuda.is_available()
         args.precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
     if args.task == "bench":
         recipe = RECIPES["ave" if args.head == "loader" else args.head, "real"]
-        return fill(args, {**recipe, "weights": "none", "batch_size": 1,
-                           "latents": [recipe["latents"]]})
-    if args.data is None:
-        args.data = f"toy/{args.task}"
-        if not os.path.exists(args.data):
-            print(f"no {args.data} yet: making the toy data")
-            data.make_toy(args.task, args.data)
-    toy = os.path.exists(os.path.join(args.data, "toy.json"))
-    args.cache = args.cache or toy
-    args.out = args.out or f"runs/{args.task}"
-    return fill(args, RECIPES[args.task, "toy" if toy else "real"])
+        recipe = {**recipe, "weights": "none", "batch_size": 1, "latents": [recipe["latents"]]}
+    else:
+        if args.data is None:
+            args.data = f"toy/{args.task}"
+            if not os.path.exists(args.data):
+                print(f"no {args.data} yet: making the toy data")
+                data.make_toy(args.task, args.data)
+        toy = os.path.exists(os.path.join(args.data, "toy.json"))
+        args.cache, args.out = args.cache or toy, args.out or f"runs/{args.task}"
+        recipe = RECIPES[args.task, "toy" if toy else "real"]
+    for key, value in recipe.items():
+        if vars(args).get(key) is None:
+            setattr(args, key, value)
+    return args
 
-def keep_memory():
-    """glibc gives large tensors back to the system at once and gets new ones page by page, zeroed:
-    up to a fifth of a step on a CPU. Told so, it keeps them."""
+def keep_memory(lean):
+    """glibc gives large tensors back to the system and gets new ones page by page, zeroed: up to a
+    fifth of a step. Told so, it keeps them; with `lean` only those below 4 MB, for kept ones leave
+    holes between them, 3 GB of the 5 that a step with recomputed activations took."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: freed memory stays
+        for name, value in ({-3: 2 ** 22} if lean else {-4: 0, -1: 2 ** 31 - 1}).items():
+            libc.mallopt(name, value)  # M_MMAP_THRESHOLD; M_MMAP_MAX, M_TRIM_THRESHOLD
 
-def positive(text):
-    """An argparse type; the message names it."""
+def positive(text):  # an argparse type, whose message names it
     if int(text) < 1:
         raise ValueError
     return int(text)
 
-def fill(args, recipe):
-    for key, value in recipe.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-    return args
-
 def main(arguments=None):
     try:
-        keep_memory()
         if "RANK" in os.environ:  # torchrun started several of us
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         rank, processes = process()
@@ -684,6 +787,7 @@ def main(arguments=None):
             sys.stdout = open(os.devnull, "w")
             dist.barrier()  # the first one makes toy data and weights, if any
         args = parse(arguments)
+        keep_memory(vars(args).get("checkpoint_activations"))
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError("--device cuda: torch sees no GPU here; leave the option out")
         if processes > 1:
@@ -693,14 +797,14 @@ def main(arguments=None):
             load_weights(args)
             if rank == 0:
                 dist.barrier()
-        {"ave": train_ave, "avs": train_avs, "avqa": train_avqa, "bench": bench}[args.task](args)
+        {"ave": train_ave, "avs": train_avs, "avqa": train_avqa, "bench": bench, "eval": evaluate,
+         "predict": predict}[args.task](args)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that is read-only
         # From a worker process the message comes with its trace; the last line is ours.
         line = str(error).rstrip().split("\n")[-1].removeprefix("lavish.InputError: ")
-        print(f"train.py: {line}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print(f"train.py: {line}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        print("stopped; the best epoch so far is in --out", file=sys.stderr)
+        print("stopped; --resume goes on after the last whole epoch, if any", file=sys.stderr)
         sys.exit(130)
 
 if __name__ == "__main__":
