@@ -10,22 +10,10 @@ TASK is ave, avs or avqa. Read in this order: read_wav and read_frame, AVE, AVSB
 then the toy world (what its instruments look and sound like) and the toy data sets made from it,
 then the commands.
 """
-import argparse
-import contextlib
-import csv
-import io
-import json
-import multiprocessing.pool
-import os
-import shutil
-import subprocess
-import sys
-import wave
+import argparse, contextlib, csv, io, json, multiprocessing.pool, os, shutil, subprocess, sys, wave
 
 import numpy as np
-import torch
-import torchaudio
-import torchvision
+import torch, torchaudio, torchvision
 from tqdm import tqdm
 
 from lavish import AVE_MEAN, AVE_STD, SAMPLE_RATE, InputError, fbank
@@ -157,14 +145,12 @@ def one_per_sound(dataset):
 
 class Clips(torch.utils.data.Dataset):
     """What the three data sets share; files(i) are the pictures and the sound of an item."""
-
     kept = None  # all items, with --cache
 
     def __init__(self, root, split, size):
         self.root, self.split, self.size = root, split, size
         if not os.path.isdir(root):
-            raise InputError(f"no data folder {root}; make one: python data.py toy {self.task} "
-                             + root)
+            raise InputError(f"no data folder {root}; make one: data.py toy {self.task} {root}")
         # Mean and std of the spectrograms: what `data.py stats` left here, or AVE's.
         self.stats = known_stats(root).get(str(size), [AVE_MEAN, AVE_STD])
 
@@ -194,7 +180,7 @@ class AVE(Clips):
     comes last (28 in the real data, in which one row has start = end = 0: all background).
     """
 
-    task, seconds, remedy = "ave", 10, EXTRACT
+    task, fact, seconds, remedy = "ave", "classes", 10, EXTRACT
 
     def __init__(self, root, split, size):
         super().__init__(root, split, size)
@@ -236,7 +222,7 @@ class AVSBench(Clips):
     of 0 and 1. mask_size is that of the files (224). An empty mask is legal.
     """
 
-    task, seconds, remedy = "avs", 5, "they come with AVSBench-object, Single-source"
+    task, fact, seconds, remedy = "avs", "mask_size", 5, "they come with AVSBench-object"
 
     def __init__(self, root, split, size):
         super().__init__(root, split, size)
@@ -292,7 +278,7 @@ class MusicAVQA(Clips):
     question, to which the others are padded (14 in the real data). A checkpoint keeps it.
     """
 
-    task, seconds, remedy = "avqa", 1, EXTRACT
+    task, fact, seconds, remedy = "avqa", "vocabulary", 1, EXTRACT
 
     def __init__(self, root, split, size, vocabulary=None, moments=10):
         super().__init__(root, split, size)
@@ -486,7 +472,6 @@ def write_atomic(path, content):
 
 def write_lines(lines, path):
     write_atomic(path, ("\n".join(lines) + "\n").encode())
-
 def save_atomic(tensors, path):
     file = io.BytesIO()
     torch.save(tensors, file)

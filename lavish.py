@@ -29,15 +29,10 @@ Read in this order, which is the order in which data flows: fbank, SwinV2, Lavis
 then the task you want: AVE, AVS or AVQA. The end has the two verbs people copy, and
 `python lavish.py` prints the parameter counts.
 """
-import contextlib
-import math
-import re
+import contextlib, math, re
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import torchaudio
-import torchvision
+import torch, torch.nn as nn, torch.nn.functional as F
+import torchaudio, torchvision
 from torch.utils.checkpoint import checkpoint
 
 class InputError(ValueError):
@@ -678,10 +673,12 @@ def load_trained_state_dict(model, state_dict, what="the checkpoint is of anothe
     check_keys(trained_state_dict(model), state_dict, what)
     model.load_state_dict(state_dict, strict=False)
 
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
 def count_parameters(model):
     """(trainable, total)."""
-    return tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or total)
-                 for total in (False, True))
+    return sum(p.numel() for p in trainable(model)), sum(p.numel() for p in model.parameters())
 
 def main():
     """Print the paper's configurations: parameters here beside the paper's, in millions."""

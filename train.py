@@ -6,63 +6,42 @@
     python train.py eval runs/ave --data AVE_Dataset --split test
     python train.py predict runs/ave VIDEO.mp4
 
-Toy data get the toy recipe below and real data the supplementary's numbers; each option overrides
-its entry. A run leaves in --out: adapters.pt (what was trained, at the best epoch on val),
-log.jsonl (one object per epoch) and result.json; and until it is done state.pt, for --resume.
+Toy data get the toy recipe below and real data the supplementary's; an option overrides its entry.
+A run leaves in --out adapters.pt (what was trained, at the best epoch on val), log.jsonl (an object
+per epoch) and result.json; and until it is done state.pt, for --resume.
 """
-import argparse
-import collections
-import ctypes
-import json
-import multiprocessing
-import os
-import platform
-import re
-import resource
-import shlex
-import sys
-import tempfile
-import textwrap
-import time
+import argparse, collections, ctypes, json, multiprocessing, os, platform, re, shlex, sys, tempfile
+import textwrap, time
 
 import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-import torchaudio
-import torchvision
+import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import torchaudio, torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import lavish
+import data, lavish
 from data import bar
 from lavish import InputError
 
-PAPER = dict(backbone="large", weights="imagenet", image_size=192, lr_decay=1.0, workers=4)
-TOY = dict(backbone="nano", weights="toy", image_size=48, workers=0)
+# The supplementary's settings. It does not give the epochs; others saw the best one early.
+PAPER = dict(backbone="large", weights="imagenet", image_size=192, latents=16, reduction=4,
+             groups=2, lr_decay=1.0, epochs=20, channels=256, hidden=512, moments=10, workers=4)
+# The same adapters on the toy backbone; a net this small wants larger steps.
+TOY = dict(PAPER, backbone="nano", weights="toy", image_size=48, batch_size=8, channels=64,
+           hidden=128, moments=2, workers=0)
 RECIPES = {
-    # The supplementary's settings. It does not give the epochs; others saw the best one early.
-    ("ave", "real"): dict(PAPER, latents=2, reduction=8, groups=2, batch_size=2, lr=5e-6,
-                          head_lr=4e-6, epochs=20),
-    ("avs", "real"): dict(PAPER, latents=16, reduction=4, groups=2, batch_size=4, lr=1e-4,
-                          head_lr=1e-4, channels=256, epochs=20),
-    ("avqa", "real"): dict(PAPER, latents=16, reduction=4, groups=2, batch_size=1, lr=8e-5,
-                           head_lr=3e-6, hidden=512, moments=10, epochs=10),
-    # The same adapters on the toy backbone; a net this small wants larger steps.
-    ("ave", "toy"): dict(TOY, latents=2, reduction=8, groups=2, batch_size=8, lr=2e-3,
-                         head_lr=1e-3, lr_decay=1.0, epochs=7),
-    ("avs", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=3e-3,
-                         head_lr=1e-3, lr_decay=0.75, channels=64, epochs=9),
-    ("avqa", "toy"): dict(TOY, latents=16, reduction=4, groups=2, batch_size=8, lr=1.5e-3,
-                          head_lr=5e-4, lr_decay=0.9, hidden=128, moments=2, epochs=8)}
+    ("ave", "real"): dict(PAPER, latents=2, reduction=8, batch_size=2, lr=5e-6, head_lr=4e-6),
+    ("avs", "real"): dict(PAPER, batch_size=4, lr=1e-4, head_lr=1e-4),
+    ("avqa", "real"): dict(PAPER, batch_size=1, lr=8e-5, head_lr=3e-6, epochs=10),
+    ("ave", "toy"): dict(TOY, latents=2, reduction=8, lr=2e-3, head_lr=1e-3, epochs=7),
+    ("avs", "toy"): dict(TOY, lr=3e-3, head_lr=1e-3, lr_decay=0.75, epochs=9),
+    ("avqa", "toy"): dict(TOY, lr=1.5e-3, head_lr=5e-4, lr_decay=0.9, epochs=8)}
 
 # ---------------------------------------------------------------- AVE
 def train_ave(args):
     """Audio-visual event localisation: settings -> result.json."""
     loaders = open_data(args)
     run = Run(args, build(args))
-    while run.goes_on():
+    while len(run.log) < args.epochs:
         for frames, spectrograms, labels in run.batches(loaders["train"]):
             logits = run.forward(frames, spectrograms)
             # As released: binary cross-entropy of the softmax against the one-hot label.
@@ -73,8 +52,7 @@ def train_ave(args):
 
 @torch.no_grad()
 def score_ave(args, model, loader):
-    """-> (accuracy over all seconds of a split, what to print, what else to keep). The figure of a
-    confusion is its share of all seconds."""
+    """-> (accuracy over all seconds, what to print: confusions as shares of all, what to keep)."""
     settle(model)
     found, true = [], []
     for frames, spectrograms, labels in bar(loader, "score"):
@@ -83,8 +61,7 @@ def score_ave(args, model, loader):
     found, true = torch.tensor(gather(found)), torch.tensor(gather(true))      # (clips,10) each
     names, wrong = [*args.classes, "background"], found != true
     pairs = collections.Counter(zip(true[wrong].tolist(), found[wrong].tolist())).most_common(5)
-    score = 1 - wrong.float().mean().item()
-    background = (true == len(args.classes)).float().mean().item()
+    score, background = (x.float().mean().item() for x in (~wrong, true == len(args.classes)))
     return score, {**{f"{names[a]}, called {names[b]}": n / true.numel() for (a, b), n in pairs},
                    f"accuracy, {len(true)} clips x {true.shape[1]} s": score,
                    "if all were called background": background,
@@ -98,14 +75,13 @@ def predict_ave(args, model, frames, spectrograms, path):
         print(f"{t:4} to {t + 1:2} s  {name:40} {share:.2f}")
     text = [caption(f"{name} {share:.2f}") for name, share in zip(names, p)]
     write_grid([see(frames), hear(spectrograms), torch.stack(text)], 10, path)
-    print(f"drawn in {path}")
 
 # ---------------------------------------------------------------- AVS
 def train_avs(args):
     """Audio-visual segmentation: settings -> result.json, and the first test clip as test.png."""
     loaders = open_data(args)
     run = Run(args, build(args))
-    while run.goes_on():
+    while len(run.log) < args.epochs:
         for frames, spectrograms, masks in run.batches(loaders["train"]):
             # S4 has a mask of the first frame only, so no other one is decoded to the end.
             logits = run.forward(frames, spectrograms, True)
@@ -139,12 +115,9 @@ def score_avs(args, model, loader):
 @torch.no_grad()
 def predict_avs(args, model, frames, spectrograms, path):
     """Draws frames, spectrograms, and frames with what sounds in white; five seconds are a clip."""
-    clips = zip(frames.split(5), spectrograms.split(5))
-    logits = torch.cat([model(f[None], s[None])[0] for f, s in clips])         # (T,H,W)
-    for t, share in enumerate((logits > 0).float().mean((1, 2))):
-        print(f"{t:4} to {t + 1:2} s  marked {share:.1%} of the frame")
+    clips = zip(frames[None].split(5, 1), spectrograms[None].split(5, 1))
+    logits = torch.cat([model(*clip)[0] for clip in clips])                    # (T,H,W)
     write_grid([see(frames), hear(spectrograms), mark(frames, logits)], 5, path)
-    print(f"drawn in {path}")
 
 def mask_iou(logits, masks):
     """Logits and 0/1 masks (N,H,W) -> IoU of each frame (N,), as AVSBench counts it: an empty
@@ -154,8 +127,7 @@ def mask_iou(logits, masks):
     return torch.where(m.any(1), iou, (~p).float().mean(1))
 
 def f_scores(logits, masks, beta2=0.3, thresholds=255):
-    """Logits and 0/1 masks (N,H,W) -> (1 + b) P R / (b P + R) of each frame that has a mask, at
-    each threshold: (n,thresholds)."""
+    """Logits, 0/1 masks (N,H,W) -> (1 + b) P R / (b P + R) of those with a mask, at thresholds."""
     p, m = logits.sigmoid().flatten(1), masks.flatten(1)
     p, m = p[m.any(1)], m[m.any(1)]                                            # (n,H*W)
     # How many pixels, of all and of the mask, reach each threshold: a histogram from the top.
@@ -168,22 +140,17 @@ def f_scores(logits, masks, beta2=0.3, thresholds=255):
 
 # ---------------------------------------------------------------- pictures, tiles (T,3,H,W) in 0..1
 TILE = 112  # pixels a side
-
 def see(frames):
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     return F.interpolate((frames.cpu() * std + mean).clamp(0, 1), (TILE, TILE), mode="bilinear")
-
 def hear(spectrograms):
     heard = (0.4 + spectrograms.cpu() / 3).clamp(0, 1).transpose(1, 2).flip(1)  # time runs right
     return F.interpolate(heard[:, None].expand(-1, 3, -1, -1), (TILE, TILE))
-
 def mark(frames, logits):
     masks = F.interpolate(logits.cpu()[:, None], (TILE, TILE), mode="bilinear")[:, 0] > 0
     return torch.stack([torchvision.utils.draw_segmentation_masks(frame, mask, 0.7, "white")
                         for frame, mask in zip(see(frames), masks)])
-
-def caption(text):
-    """(3,TILE,TILE). torchvision writes text beside boxes only."""
+def caption(text):  # torchvision writes text beside boxes only
     box, paper = torch.tensor([[0, 0, TILE - 1, TILE - 1]]), torch.ones(3, TILE, TILE)
     return torchvision.utils.draw_bounding_boxes(paper, box, [textwrap.fill(text, 17)], "black")
 
@@ -192,13 +159,14 @@ def write_grid(rows, columns, path):
     rows = [F.pad(row, [0] * 7 + [-len(row) % columns], value=1.0).split(columns) for row in rows]
     grid = torchvision.utils.make_grid(torch.cat(sum(zip(*rows), ())), columns, 4, pad_value=1)
     data.write_atomic(path, torchvision.io.encode_png((grid * 255).byte()).numpy().tobytes())
+    print(f"drawn in {path}")
 
 # ---------------------------------------------------------------- AVQA
 def train_avqa(args):
     """Audio-visual question answering: settings -> result.json."""
     loaders = open_data(args)
     run = Run(args, build(args))
-    while run.goes_on():
+    while len(run.log) < args.epochs:
         for frames, spectrograms, question, answer, foreign in run.batches(loaders["train"]):
             logits, match = run.forward(frames, spectrograms, question, foreign)
             loss = F.cross_entropy(logits, answer)
@@ -211,11 +179,11 @@ def train_avqa(args):
 
 @torch.no_grad()
 def score_avqa(args, model, loader):
-    """-> (accuracy over all questions of a split, what to print, what else to keep): by type, and
-    what the words alone would score: the commonest training answer to the same words, or to any."""
+    """-> (accuracy over all questions, what to print: by type, and what the words alone would score
+    by the commonest training answer to the same words, or to any; what else to keep)."""
     settle(model)
     right, questions, table = [], loader.dataset.questions, {}
-    for *inputs, answer in ((*batch[:3], batch[3]) for batch in bar(loader, "score")):
+    for *inputs, answer in (batch[:4] for batch in bar(loader, "score")):
         found = model(*(x.to(args.device) for x in inputs))[0].argmax(-1)
         right += (found.cpu() == answer).tolist()
     right, types = gather(right), sorted({q["type"] for q in questions})
@@ -243,8 +211,7 @@ def predict_avqa(args, model, frames, spectrograms, asked):
 # ---------------------------------------------------------------- a trained run
 def load_run(args):
     """(settings, model) of a run's folder, on --device."""
-    path = os.path.join(args.run, "adapters.pt")
-    run = argparse.Namespace(**load_file(path)["settings"])
+    run = argparse.Namespace(**load_file(os.path.join(args.run, "adapters.pt"))["settings"])
     run.device, run.out, run.compile = args.device, args.run, False
     model = build(run)
     prepare(run, model)
@@ -254,12 +221,13 @@ def load_run(args):
 def evaluate(args):
     """Scores a trained run on a split."""
     run, model = load_run(args)
-    run.data, known = args.data or run.data, getattr(run, FACT[run.task])
-    dataset = open_split(run, args.split)
-    if known != getattr(dataset, FACT[run.task]):
-        raise InputError(f"{run.data} has other {FACT[run.task]} than {args.run} was trained with")
-    print_table(SCORE[run.task](run, model, torch.utils.data.DataLoader(
-        dataset, run.batch_size, num_workers=args.workers))[1])
+    run.data, fact = args.data or run.data, data.DATASETS[run.task].fact
+    known, dataset = vars(run)[fact], open_split(run, args.split)
+    if known != vars(dataset)[fact]:
+        raise InputError(f"{run.data} has other {fact} than {args.run} was trained with")
+    loader = torch.utils.data.DataLoader(dataset, run.batch_size, num_workers=args.workers)
+    for text, score in SCORE[run.task](run, model, loader)[1].items():
+        print(f"{text:45} {score:.4f}")
     print(f"Next, on a video of yours: python train.py predict {shlex.quote(args.run)} VIDEO")
 
 @torch.no_grad()
@@ -285,28 +253,26 @@ def predict(args):
 # ---------------------------------------------------------------- cost
 def bench(args):
     """The cost of a task on random data at any size: a row for each of --latents, with --baseline
-    beside the released way of computing the same. Each row is measured in a process of its own.
-    """
+    beside the released way of computing the same, each measured in a process of its own."""
     if args.head == "loader":
         return bench_loader(args)
     print(args.head, args.backbone, f"batch {args.batch_size}", args.precision, args.device,
           "\n            GFLOP a clip  clips/s, median (min to max)               GB +  of matrix\n"
           "latents      eval  train  training           evaluation           weights       rate")
-    rows, spawn = [], multiprocessing.get_context("spawn")
-    cases = [(args.latents[0], True)] * args.baseline + [(m, False) for m in args.latents]
-    for m, released in cases:
-        with spawn.Pool(1) as pool:
+    rows, cases = [], [(args.latents[0], True)] * args.baseline
+    for m, released in [*cases, *((m, False) for m in args.latents)]:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows.append(row := pool.apply(measure, (args, m, released)))
         speeds = ["{1:.3g} ({0:.3g}-{2:.3g})".format(*row[k]) for k in ("train", "eval")]
         print(f"{m:3} {'released' * released:8} {row['gflop']:6.1f} {row['step_gflop']:6.1f}  "
               f"{speeds[0]:18} {speeds[1]:18} {row['peak']:4.1f} +{row['weights']:4.1f} "
               f"{row['share']:4.0%}", flush=True)
     if args.baseline:
-        ratio = lambda key: rows[1][key][1] / rows[0][key][1]
-        print(f"times the released: training {ratio('train'):.2f}, evaluation {ratio('eval'):.2f}, "
-              f"peak memory {rows[1]['peak'] / rows[0]['peak']:.2f}")
+        faster = [rows[1][key][1] / rows[0][key][1] for key in ("train", "eval")]
+        print("times the released: training {:.2f}, evaluation {:.2f}, peak memory {:.2f}".format(
+            *faster, rows[1]["peak"] / rows[0]["peak"]))
     if args.out:
-        data.write_atomic(args.out, json.dumps({"settings": vars(args), "rows": rows}).encode())
+        data.write_lines([json.dumps({"settings": vars(args), "rows": rows})], args.out)
 
 def measure(args, latents, released):
     """One row of bench, in a process of its own: a dict."""
@@ -316,8 +282,8 @@ def measure(args, latents, released):
         args.precision, args.compile, args.checkpoint_activations = "fp32", False, False
     else:
         keep_memory(args.checkpoint_activations)
-    args.task, args.classes, args.mask_size = args.head, range(28), 224
-    args.vocabulary = {"words": range(93), "answers": range(42)}
+    vars(args).update(task=args.head, classes=range(28), mask_size=224,
+                      vocabulary={"words": range(93), "answers": range(42)})
 
     def random(args, device):  # model, inputs for evaluation, more inputs for training
         with torch.device(device):
@@ -338,10 +304,9 @@ def measure(args, latents, released):
     counted = {**vars(args), "precision": "fp32", "checkpoint_activations": False}
     model, inputs, more = random(argparse.Namespace(**counted), "meta")  # shapes without memory
     row = {"latents": latents, "released": released}
-    for key, run in (("gflop", lambda: model(*inputs)),
-                     ("step_gflop", lambda: step(model, inputs, more))):
+    for key, run in (("gflop", model), ("step_gflop", lambda *x: step(model, x, more))):
         with FlopCounterMode(display=False) as counter:
-            run()
+            run(*inputs)
         row[key] = counter.get_total_flops() / args.batch_size / 1e9
     model, inputs, more = random(args, args.device)
     forward, optimizer = prepare(args, model.train())
@@ -349,8 +314,7 @@ def measure(args, latents, released):
     row["train"] = speed(args, lambda: step(forward, inputs, more, optimizer))
     row["peak"] = (peak_memory(args.device) - start) / 1e9 - row["weights"]
     model.eval()
-    with torch.no_grad():
-        row["eval"] = speed(args, lambda: model(*inputs))
+    row["eval"] = speed(args, torch.no_grad()(lambda: model(*inputs)))
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     a = torch.randn(4096, 4096, device=args.device, dtype=dtype)  # the machine's own rate:
     rate = speed(args, lambda: a @ a)[1] / args.batch_size * 2 * 4096 ** 3 / 1e9
@@ -358,19 +322,19 @@ def measure(args, latents, released):
 
 def speed(args, run):
     """[least, median, most] clips a second over --repeat runs, after one to warm up."""
-    seconds = []
+    clock = [time.perf_counter()]
     for _ in range(args.repeat + 1):
-        start = time.perf_counter()
         run()
         if args.device != "cpu":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return [float(args.batch_size / q) for q in np.quantile(seconds[1:], (1, 0.5, 0))]
+        clock.append(time.perf_counter())
+    return [float(args.batch_size / q) for q in np.quantile(np.diff(clock)[1:], (1, 0.5, 0))]
 
 def peak_memory(device):
     """Bytes: of the GPU, or of this process."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
+    import resource  # which Windows has not
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -404,13 +368,13 @@ def as_released():
 
 def bench_loader(args):
     """Clips a second of AVE's loader, beside a loop that opens the wav anew for each second."""
-    dataset, rates = data.AVE(args.data, "train", args.image_size), []
-    dataset = torch.utils.data.Subset(dataset, range(min(len(dataset), 24 * args.repeat)))
-    read = data.AVE.sound
-    for clips in (torch.utils.data.DataLoader(dataset, 4, num_workers=args.workers), dataset):
+    dataset, rates, read = data.AVE(args.data, "train", args.image_size), [], data.AVE.sound
+    some = range(min(len(dataset), 24 * args.repeat))
+    loader = torch.utils.data.DataLoader(dataset, 4, sampler=some, num_workers=args.workers)
+    for clips in (loader, map(dataset.read, some)):
         start = time.perf_counter()
         collections.deque(clips, 0)
-        rates.append(len(dataset) / (time.perf_counter() - start))
+        rates.append(len(some) / (time.perf_counter() - start))
         data.AVE.sound = lambda self, i: torch.stack([read(self, i)[t] for t in range(10)])
     print(f"{args.data}, {args.image_size} px, {args.workers} workers: {rates[0]:.1f} clips/s, a "
           f"wav opened per second {rates[1]:.1f}: {rates[0] / rates[1]:.1f} times")
@@ -446,13 +410,13 @@ def load_weights(args):
     """The backbone's state dict by --weights: None for "none", nano's own for "toy", the published
     ones for "imagenet" (kept in torch.hub's folder and taken from there next time), or a file."""
     if args.weights == "toy":  # beside the toy data sets, for all of them
-        folder = os.path.dirname(os.path.abspath(args.data))
-        return load_file(pretrain_nano(os.path.join(folder, "nano.pt"), args.device))
+        file = os.path.join(os.path.dirname(os.path.abspath(args.data)), "nano.pt")
+        return load_file(pretrain_nano(file, args.device))
     if args.weights != "imagenet":
         return None if args.weights == "none" else load_file(args.weights)
     file = lavish.SWIN_V2.get(args.backbone, [None])[-1]
     if not file:
-        raise InputError(f"no ImageNet weights of a {args.backbone!r} are known; give a file's path")
+        raise InputError(f"no ImageNet weights known of {args.backbone!r}; give a file's path")
     url = ("https://github.com/SwinTransformer/storage/releases/download/v2.0.0/swinv2_"
            f"{file}_patch4_window12_192_22k.pth" if file in ("base", "large") else
            f"https://download.pytorch.org/models/swin_v2_{file}.pth")
@@ -467,15 +431,14 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"no weights at {path}; check the path, or give 'imagenet'") from None
+        raise InputError(f"no weights at {path}; check the path") from None
     except Exception as error:  # what torch raises for a file that is none is not documented
-        raise InputError(f"{path} is not a checkpoint of tensors "
-                         f"({str(error).strip().splitlines()[0]})") from None
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
 
 @torch.random.fork_rng()  # a run that finds it done starts from the same random state
 def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
-    """What ImageNet is to the paper's backbone: the nano Swin-V2 learns 60 kinds of toy IMAGES, no
-    sound. Done once; returns the path of the weights."""
+    """In ImageNet's place: the nano Swin-V2 learns 60 kinds of toy IMAGES, no sound. Done once."""
     if os.path.exists(path):
         return path
     torch.manual_seed(0)
@@ -508,11 +471,12 @@ def prepare(args, model):
             if isinstance(module, lavish.WindowAttention):
                 module.bias()  # kept from here on, in fp32
         model.forward = torch.autocast(args.device.split(":")[0], torch.bfloat16)(model.forward)
-    if args.compile:  # block by block: blocks of one shape share the compiled code
+    if args.compile:  # block by block, each of which is compiled for itself
+        torch._dynamo.config.cache_size_limit = 100
         model.net.update = torch.compile(model.net.update)
     in_net = {id(p) for p in model.net.parameters()}
     head = [p for p in model.parameters() if id(p) not in in_net]
-    optimizer = torch.optim.Adam([{"params": trainable(model.net), "lr": args.lr},
+    optimizer = torch.optim.Adam([{"params": lavish.trainable(model.net), "lr": args.lr},
                                   {"params": head, "lr": args.head_lr}])
     if not dist.is_initialized():
         return model, optimizer
@@ -533,23 +497,17 @@ def gather(items):
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, items)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
-
-def process():
-    """(rank, number of processes)."""
+def process():  # (rank, number of processes)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def trainable(module):
-    return [p for p in module.parameters() if p.requires_grad]
-
 def open_split(args, split):
-    """One split, with every file known to be there. What a model must know of its data (its FACT
+    """One split, with every file known to be there. What a model must know of its data (its `fact`
     and the spectrograms' statistics) becomes part of the settings, and so of the checkpoint."""
-    more = {"moments": args.moments, "vocabulary": vars(args).get("vocabulary")
-            } if args.task == "avqa" else {}
-    dataset = data.DATASETS[args.task](args.data, split, args.image_size, **more)
-    dataset.stats = args.stats = vars(args).get("stats", dataset.stats)
-    setattr(args, FACT[args.task], getattr(dataset, FACT[args.task]))
-    found = data.survey(dataset)
+    known, fact = vars(args), data.DATASETS[args.task].fact
+    more = (known.get("vocabulary"), args.moments) if args.task == "avqa" else ()
+    dataset = data.DATASETS[args.task](args.data, split, args.image_size, *more)
+    dataset.stats = known.setdefault("stats", dataset.stats)
+    found, known[fact] = data.survey(dataset), vars(dataset)[fact]
     if missing := found["missing"]:
         raise InputError(f"{len(missing)} of {len(data.one_per_sound(dataset))} clips lack files, "
                          f"first {missing[0]}; {dataset.remedy}")
@@ -575,11 +533,8 @@ def open_data(args):
     return loaders
 
 class Run:
-    """What the loops share: a model in training, and what is kept of it after each epoch.
-
-    state.pt holds all that --resume needs to go on with the same numbers, bit for bit on one
-    machine with one process.
-    """
+    """What the loops share: a model in training, and what is kept of it after each epoch. state.pt
+    holds all that --resume needs to go on, bit for bit on one machine with one process."""
 
     def __init__(self, args, model):
         self.args, self.model, self.start = args, model, time.time()
@@ -588,8 +543,8 @@ class Run:
         if args.resume:
             self.resume()
         elif os.path.exists(self.state):
-            raise InputError(f"{args.out} holds a run that is not done: add --resume to go on with "
-                             f"it, or choose another --out, or remove {self.state}")
+            raise InputError(f"{self.state} is of a run not done: add --resume to go on, or choose "
+                             "another --out")
 
     def resume(self):
         saved, now = load_file(self.state), vars(self.args)
@@ -601,11 +556,7 @@ class Run:
         self.log, self.best = saved["log"], saved["best"]
         self.start -= sum(entry["seconds"] for entry in self.log)
         torch.set_rng_state(saved["random"])
-        if self.args.device != "cpu":
-            torch.cuda.set_rng_state(saved["random_cuda"])
-
-    def goes_on(self):
-        return len(self.log) < self.args.epochs
+        torch.cuda.set_rng_state_all(saved["random_cuda"])
 
     def batches(self, loader):
         """The batches of an epoch, on the device; the model is in training."""
@@ -620,8 +571,7 @@ class Run:
         self.losses.append(loss.item())
         if not np.isfinite(self.losses[-1]):
             raise InputError(f"the loss is {self.losses[-1]} in epoch {len(self.log) + 1}, step "
-                             f"{len(self.losses)}; try a lower --lr. What {self.args.out} holds is "
-                             "from the epochs before")
+                             f"{len(self.losses)}; try a lower --lr. --out is as the epoch before")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -643,7 +593,7 @@ class Run:
             data.write_lines(map(json.dumps, self.log), os.path.join(args.out, "log.jsonl"))
             data.save_atomic({
                 **kept, "log": self.log, "best": self.best, "random": torch.get_rng_state(),
-                "random_cuda": torch.cuda.get_rng_state() if args.device != "cpu" else None,
+                "random_cuda": torch.cuda.get_rng_state_all(),  # [] without a GPU
                 "optimizer": self.optimizer.state_dict()}, self.state)
 
     def finish(self, metric, loader):
@@ -656,29 +606,23 @@ class Run:
         if process()[0]:
             return
         seconds, out = time.time() - self.start, shlex.quote(args.out)
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, torchaudio, np)}
         result = {"task": args.task, "modality": args.modality, "metric": metric, "test": test,
                   "seconds": seconds, "seed": args.seed, "trainable_parameters": counts[0],
                   "total_parameters": counts[1], "settings": vars(args), **more,
-                  "versions": {"python": platform.python_version(), **{
-                      m.__name__: m.__version__ for m in (torch, torchvision, torchaudio, np)}}}
+                  "versions": {"python": platform.python_version(), **versions}}
         data.write_lines([json.dumps(result, indent=1)], os.path.join(args.out, "result.json"))
         os.remove(self.state)
-        print("\ntest")
-        print_table(table)
+        print("\ntest", *(f"{text:45} {score:.4f}" for text, score in table.items()), sep="\n")
         print(f"{'trainable of all parameters':45} {counts[0]:,} of {counts[1]:,}\n"
               f"{'time':45} {seconds:.0f} s\n\n{out} holds adapters.pt, log.jsonl, result.json\n"
               f"Next, on a video of yours: python train.py predict {out} VIDEO")
-
-def print_table(table):
-    for text, score in table.items():
-        print(f"{text:45} {score:.4f}")
 
 def load_checkpoint(args, model):
     path = os.path.join(args.out, "adapters.pt")
     lavish.load_trained_state_dict(model, load_file(path)["trained"],
                                    f"{path} is of another configuration")
 
-FACT = {"ave": "classes", "avs": "mask_size", "avqa": "vocabulary"}
 SCORE = {"ave": score_ave, "avs": score_avs, "avqa": score_avqa}
 PREDICT = {"ave": predict_ave, "avs": predict_avs, "avqa": predict_avqa}
 
@@ -687,10 +631,10 @@ def command_line():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", required=True)
-    command = {name: commands.add_parser(name, help=text) for name, text in (
-        ("ave", "audio-visual event localisation"), ("avs", "audio-visual segmentation"),
-        ("avqa", "audio-visual question answering"), ("bench", "speed and memory on random data"),
-        ("eval", "score a trained run"), ("predict", "a trained run on your videos"))}
+    command = {name: commands.add_parser(name, help=text) for name, text in dict(
+        ave="audio-visual event localisation", avs="audio-visual segmentation",
+        avqa="audio-visual question answering", bench="speed and memory on random data",
+        eval="score a trained run", predict="a trained run on your videos").items()}
 
     def option(names, *flags, **settings):
         for name in names.split():
@@ -707,10 +651,8 @@ def command_line():
     option("bench", "--latents", type=positive, nargs="+", help="a row for each")
     option(net, "--reduction", type=positive, help="width of a stage over that of its bottleneck")
     option(net, "--groups", type=positive, help="groups of the bottleneck's convolutions")
-    option(net, "--modality", choices=("av", "v", "a"), default="av",
-           help="v or a: the other stream is out, adapters and all")
-    option(net, "--drop-path", type=float, default=0.0,
-           help="stochastic depth of the frozen backbone (0.1 in the released code)")
+    option(net, "--modality", choices=("av", "v", "a"), default="av", help="v, a: one stream alone")
+    option(net, "--drop-path", type=float, default=0.0, help="stochastic depth of the backbone")
     option("avs", "--channels", type=positive, help="width of the mask decoder")
     option("avqa", "--hidden", type=positive, help="width of the head")
     option("avqa", "--moments", type=positive, help="seconds taken from a video")
@@ -720,17 +662,16 @@ def command_line():
     option(run, "--lr-decay", type=float, help="factor on both after each epoch; 1 in the paper")
     option(run, "--epochs", type=positive)
     option(net, "--precision", choices=("fp32", "bf16"), help="bf16: autocast; default on a GPU")
-    option(net, "--compile", action="store_true", help="torch.compile; the first step takes minutes")
-    option(net, "--checkpoint-activations", action="store_true",
-           help="a fifth of the memory, for half as much time again")
+    option(net, "--compile", action="store_true", help="torch.compile: minutes, then faster")
+    option(net, "--checkpoint-activations", action="store_true", help="less memory, more time")
     option(net, "--seed", type=int, default=0)
-    option(net + " eval predict", "--device",
-           default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    option(net + " eval predict", "--device", default=device)
     option(run + " eval", "--data", help="data set folder; toy data, or the run's, if not given")
     option("bench", "--data", default="toy/ave", help="for the loader")
     option("eval", "--split", choices=("train", "val", "test"), default="test")
     option(run, "--workers", type=int, help="processes that load data")
-    option("bench eval", "--workers", type=int, default=2, help="processes that load data")
+    option("bench eval", "--workers", type=int, default=2)
     option(run, "--cache", action="store_true", help="keep decoded clips in memory; on for toys")
     option("predict", "--question", help="for avqa")
     option("bench", "--repeat", type=positive, default=3, help="measured steps")
@@ -766,9 +707,8 @@ def parse(arguments=None):
     return args
 
 def keep_memory(lean):
-    """glibc gives large tensors back to the system and gets new ones page by page, zeroed: up to a
-    fifth of a step. Told so, it keeps them; with `lean` only those below 4 MB, for kept ones leave
-    holes between them, 3 GB of the 5 that a step with recomputed activations took."""
+    """glibc gives large tensors back, then gets new ones page by page, zeroed: a fifth of a step on
+    a CPU. So it keeps them; with `lean` only those below 4 MB, because kept ones leave holes."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for name, value in ({-3: 2 ** 22} if lean else {-4: 0, -1: 2 ** 31 - 1}).items():
             libc.mallopt(name, value)  # M_MMAP_THRESHOLD; M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -804,8 +744,7 @@ def main(arguments=None):
         line = str(error).rstrip().split("\n")[-1].removeprefix("lavish.InputError: ")
         sys.exit(print(f"train.py: {line}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        print("stopped; --resume goes on after the last whole epoch, if any", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(print("stopped; --resume goes on after the last epoch", file=sys.stderr) or 130)
 
 if __name__ == "__main__":
     main()
