@@ -628,8 +628,9 @@ def extract_video(path, out):
         return video
     if not shutil.which("ffmpeg"):
         raise InputError("no ffmpeg found; install it: apt, brew or conda install ffmpeg")
-    partial = frames + ".partial"
-    for folder in (partial, frames):  # of a run that was stopped half-way
+    if os.path.isdir(frames) and not os.path.exists(wav + ".partial"):
+        raise InputError(f"{frames} is there without {wav}, and not from here; move it away")
+    for folder in (partial := frames + ".partial", frames):  # of a run that was stopped half-way
         shutil.rmtree(folder, ignore_errors=True)
     for folder in (partial, os.path.dirname(wav)):
         os.makedirs(folder, exist_ok=True)
@@ -654,8 +655,6 @@ def extract_video(path, out):
 def extract(videos, out, jobs):
     """All videos of a folder, `jobs` at a time, but for those that are done. Returns 1 if any
     failed, 0 otherwise."""
-    if not os.path.isdir(videos):
-        raise InputError(f"{videos} is not a folder; give the one that holds the videos")
     names = [name for name in sorted(os.listdir(videos)) if not name.startswith(".")]
     ids = [os.path.splitext(name)[0] for name in names]
 

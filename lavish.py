@@ -386,7 +386,7 @@ class Lavish(nn.Module):
     drop_path: stochastic depth of the frozen branches in training, rising linearly over the blocks.
     The released code trains with timm's default of 0.1, stated nowhere in the paper.
     checkpoint_activations: keep only what enters a block, and compute the block again in the
-    backward pass: the same gradients in half the memory, for a third more computing.
+    backward pass: the same gradients in a sixth of the memory, for a third more computing.
     """
 
     def __init__(self, backbone, latents=2, reduction=8, groups=2, modality="av", drop_path=0.0,
