@@ -214,7 +214,6 @@ def test_closed_gates_leave_the_frozen_backbone_alone_and_drop_path_acts_in_trai
         assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(ours, net.backbone(x)))
     assert not torch.allclose(net.train()(frames, spectrograms)[1][-1], ours[-1], atol=1e-2)
 def tiny_head(head, mask_size=20, **settings):
-    """A task's model on a tiny net, with all that is trainable randomised, and its inputs."""
     net = Lavish(tiny_swin(), latents=3, reduction=4, **settings)
     model = (lavish.AVE(net, 4) if head == "ave" else lavish.AVQA(net, 7, 5, 8) if head == "avqa"
              else lavish.AVS(net, mask_size, 8, (4, 6, 8)))
@@ -332,7 +331,7 @@ def avs_root(tmp_path):
             write_picture(root / "s4_data/visual_frames" / picture, 40 * k)
             if k == 1 or split != "train":
                 write_picture(root / "s4_data/gt_masks" / picture, 255, 0)
-        hiss(80000, 0.1, 2)(root / f"s4_data/audio_wav/{split}/tabla/-{split} 1.wav")
+        hiss(80000, channels=2)(root / f"s4_data/audio_wav/{split}/tabla/-{split} 1.wav")
     (root / "s4_meta_data.csv").write_text("name,start,category,split\n" + AVS_ROWS)
     return root
 def test_avs_items_however_masks_are_stored_and_columns_named(avs_root):
@@ -534,8 +533,7 @@ def test_bad_input_ends_in_one_line(request, monkeypatch, capsys, command, path,
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
     monkeypatch.setattr(torch.hub, "urlopen", Mock(side_effect=torch.hub.URLError("no route")))
     torch.save(tiny_swin().state_dict(), "w.pth")
-    for harmed in list(Path().glob(path or "none")):
-        damage(harmed)
+    [damage(harmed) for harmed in list(Path().glob(path or "none"))]
     error = one_line_error(capsys, task, f"--data={root}", *NANO, *options)
     assert re.search(fault, error), error
 def test_two_processes_train_one_model_and_score_as_one(toy, monkeypatch):
@@ -731,17 +729,19 @@ def test_clips_of_others(tmp_path, name, seconds):
     ("**/x_1.wav", hiss(480000, channels=6, rate=48000), "odd rate"),
     ("**/x_1.wav", hiss(level=0), "silent"), ("**/x_1.wav", cut(44), "short"),
     ("**/x_1.wav", Path.unlink, "missing"),
+    ("s4_meta_data.csv", swap("name,start,category,split\n", ""), ""),
+    ("avqa-test.json", cut(-9), " is not the JSON of MUSIC-AVQA"),
     ("testSet.txt", holds(b"not an annotation"), ", line 1: 'not an annotation' is not Category")])
-def test_damaged_files_are_found_and_the_others_read(ave_root, file, damage, kind):
-    damage(path := next(ave_root.glob(file)))
-    code, text, _ = python("data.py", "check", "ave", ave_root, "--size=48")
-    assert code == (kind in ("corrupt", "missing") or kind[:1] == ","), text
-    assert {"": "", ",": f"test: {path}{kind}"}.get(kind[:1], f"  {kind}: {path}") in text, text
+def test_damaged_files_are_found_and_the_others_read(request, file, damage, kind):
+    task = {"s4_m": "avs", "avqa": "avqa"}.get(file[:4], "ave")
+    damage(path := next((root := request.getfixturevalue(f"{task}_root")).glob(file)))
+    code, text, _ = python("data.py", "check", task, root, "--size=48")
+    said = f"test: {path}{kind}" if kind[:1] in (",", " ") else f"  {kind}: {path}" if kind else ""
+    assert said in text and code == (kind in ("corrupt", "missing") or said[:4] == "test"), text
     if not code:
-        spectrograms = data.AVE(str(ave_root), "val", 48)[0][1]
-        assert spectrograms.isfinite().all()
-        if kind in ("", "odd rate"):  # the file's own sound, not silence
-            assert spectrograms.mean() > fbank(torch.zeros(16000), 48).max() + 0.5
+        x, silence = data.DATASETS[task](str(root), "val", 48)[0][1], fbank(torch.zeros(16000), 48)
+        assert x.isfinite().all()
+        assert kind not in ("", "odd rate") or x.mean() > silence.max() + 0.5  # the file's own sound
 def test_commands_run_as_a_person_types_them(toy):
     assert "10.04   10.1   238.83  238.8" in python("lavish.py")[1]
     assert "kept in" in python("data.py", "stats", "ave", toy / "ave", "--size", "64")[1]
