@@ -741,7 +741,7 @@ def test_damaged_files_are_found_and_the_others_read(request, file, damage, kind
     if not code:
         x, silence = data.DATASETS[task](str(root), "val", 48)[0][1], fbank(torch.zeros(16000), 48)
         assert x.isfinite().all()
-        assert kind not in ("", "odd rate") or x.mean() > silence.max() + 0.5  # the file's own sound
+        assert kind not in ("", "odd rate") or x.mean() > silence.max() + 0.5  # its own sound
 def test_commands_run_as_a_person_types_them(toy):
     assert "10.04   10.1   238.83  238.8" in python("lavish.py")[1]
     assert "kept in" in python("data.py", "stats", "ave", toy / "ave", "--size", "64")[1]
