@@ -29,7 +29,7 @@ Read in this order, which is the order in which data flows: fbank, SwinV2, Lavis
 then the task you want: AVE, AVS or AVQA. The end has the two verbs people copy, and
 `python lavish.py` prints the parameter counts.
 """
-import contextlib, math, re
+import math, re
 
 import torch, torch.nn as nn, torch.nn.functional as F
 import torchaudio, torchvision
@@ -65,12 +65,29 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
 
 # ---------------------------------------------------------------- the frozen backbone: Swin-V2
 #
-# What Lavish below needs of a backbone, so that another transformer can take Swin's place:
+# What Lavish below needs of a backbone, so that another one can take Swin's place:
 #     embed(images (B,3,S,S)) -> tokens (B,N,d)
 #     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
-#     block.dim, and block.branches(): functions f in x <- x + f(x), here attention and MLP
-#     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
+#     branches(block): the functions f in x <- x + f(x), here attention and MLP
+#     norm: the last LayerNorm; pool(tokens (B,N,d)) -> (B,d): what stands for an image
+#     dims: token widths of the stages; image_size: S
 # Parameter names are torchvision's.
+
+def stage_tokens(backbone, images, update=None):
+    """forward of all backbones: images (B,3,S,S) -> list of tokens (B,N,d) at the end of each
+    stage, before merging, the last after the final norm. update(x, block): what a block does."""
+    def alone(x, block):
+        for branch in backbone.branches(block):
+            x = x + branch(x)
+        return x
+
+    x, stages = backbone.embed(images), []
+    for blocks, merge in backbone.stages:
+        for block in blocks:
+            x = (update or alone)(x, block)
+        stages.append(x)
+        x = merge(x)
+    return [*stages[:-1], backbone.norm(x)]
 
 class WindowAttention(nn.Module):
     """Swin-V2's attention (Liu et al. 2022): cosine, within windows, log-spaced position bias.
@@ -141,15 +158,13 @@ def attend(q, k, v, bias):
 
 def to_windows(x, window):
     """(B, H, H, C) -> (B, W, window*window, C), W windows in row-major order."""
-    B, H, _, C = x.shape
-    x = x.view(B, H // window, window, H // window, window, C).transpose(2, 3)
-    return x.reshape(B, -1, window * window, C)
+    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))                # (B,H/w,w,H/w,w,C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 def from_windows(x, window, side):
     """The inverse of to_windows: (B, W, window*window, C) -> (B, side, side, C)."""
-    B, _, _, C = x.shape
-    x = x.view(B, side // window, side // window, window, window, C)
-    return x.transpose(2, 3).reshape(B, side, side, C)
+    x = x.unflatten(2, (window, window)).unflatten(1, (side // window, -1))    # (B,H/w,H/w,w,w,C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 def log_offsets(window, pretrained_window):
     """Offsets within a window, ((2w-1)^2, 2), as sign(o) log2(1 + |o|) / 3 with o in [-8, 8].
@@ -179,34 +194,21 @@ class SwinBlock(nn.Module):
 
     def __init__(self, dim, heads, side, window, shift, pretrained_window):
         super().__init__()
-        self.dim = dim
         self.attn = WindowAttention(dim, heads, side, window, shift, pretrained_window)
         self.norm1 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Identity(),  # a dropout in
-                                 nn.Linear(4 * dim, dim))                            # torchvision
+        self.mlp = torchvision.ops.MLP(dim, [4 * dim, dim], activation_layer=nn.GELU)
         self.norm2 = nn.LayerNorm(dim)
         # Zero start: every block begins as the identity. With ones a Swin-V2 trained from scratch
         # stays at chance. Pretrained weights overwrite it.
         for parameter in [*self.norm1.parameters(), *self.norm2.parameters()]:
             nn.init.zeros_(parameter)
 
-    def branches(self):
-        return lambda x: self.norm1(self.attn(x)), lambda x: self.norm2(self.mlp(x))
-
-class PatchMerging(nn.Module):
+class PatchMerging(torchvision.models.swin_transformer.PatchMergingV2):
     """Each 2 x 2 tokens become one of twice the width: (B, side^2, d) -> (B, side^2 / 4, 2d)."""
 
-    def __init__(self, dim, side):
-        super().__init__()
-        self.side = side
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
-
     def forward(self, x):
-        B, N, C = x.shape
-        x = x.view(B, self.side // 2, 2, self.side // 2, 2, C)                 # rows, columns
-        x = x.permute(0, 1, 3, 4, 2, 5).reshape(B, N // 4, 4 * C)  # column by column within the 2x2
-        return self.norm(self.reduction(x))
+        side = math.isqrt(x.shape[1])
+        return super().forward(x.unflatten(1, (side, side))).flatten(1, 2)
 
 class SwinV2(nn.Module):
     """Swin Transformer V2 (Liu et al., CVPR 2022) for square images of one size.
@@ -230,7 +232,7 @@ class SwinV2(nn.Module):
             dim, window = self.dims[i], min(window_size, side)
             pretrained_window = pretrained_windows[i] if pretrained_windows else window
             if i:
-                features.append(PatchMerging(dim // 2, 2 * side))
+                features.append(PatchMerging(dim // 2))
             features.append(nn.ModuleList(  # every second block shifts its windows by half
                 SwinBlock(dim, heads, side, window, window // 2 if j % 2 and side > window else 0,
                           pretrained_window) for j in range(depth)))
@@ -242,18 +244,16 @@ class SwinV2(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
+    forward = stage_tokens
+
     def embed(self, images):
         return self.features[0](images).flatten(1, 2)                          # (B,(S/4)^2,d)
 
-    def forward(self, images):
-        x, stages = self.embed(images), []
-        for blocks, merge in self.stages:
-            for block in blocks:
-                for branch in block.branches():
-                    x = x + branch(x)
-            stages.append(x)
-            x = merge(x)
-        return [*stages[:-1], self.norm(x)]
+    def branches(self, block):
+        return lambda x: block.norm1(block.attn(x)), lambda x: block.norm2(block.mlp(x))
+
+    def pool(self, tokens):
+        return tokens.mean(1)
 
 def stage_sides(image_size, stages, window):
     """Token rows of each stage, [S/4, S/8, ...]; refuses sizes that no windows can tile."""
@@ -395,13 +395,17 @@ class Lavish(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         self.backbone = backbone.requires_grad_(False)
         self.streams = {"av": ("visual", "audio"), "v": ("visual",), "a": ("audio",)}[modality]
-        blocks = [block for blocks, _ in backbone.stages for block in blocks]
+        blocks = [(block, dim) for (blocks, _), dim in zip(backbone.stages, backbone.dims)
+                  for block in blocks]
         m = latents if modality == "av" else 0  # nothing to read from without the other one
         # [block][branch][stream]: with both streams and a Swin's two branches, four per block.
         self.adapters = nn.ModuleList(nn.ModuleList(nn.ModuleDict(
-            {stream: LavishAdapter(block.dim, m, reduction, groups) for stream in self.streams})
-            for _ in block.branches()) for block in blocks)
+            {stream: LavishAdapter(dim, m, reduction, groups) for stream in self.streams})
+            for _ in backbone.branches(block)) for block, dim in blocks)
         self.drop_rates = [drop_path * i / max(len(blocks) - 1, 1) for i in range(len(blocks))]
+        if checkpoint_activations:  # every batch will pass a batch norm twice, and count once:
+            for norm in (m for m in self.adapters.modules() if isinstance(m, nn.BatchNorm1d)):
+                norm.momentum = 1 - (1 - norm.momentum) ** 0.5  # two such steps are one as before
 
     def train(self, mode=True):
         super().train(mode)
@@ -410,27 +414,21 @@ class Lavish(nn.Module):
 
     def forward(self, frames, spectrograms):
         images = {"visual": frames, "audio": spectrograms[:, None].expand(-1, 3, -1, -1)}
-        # The weights are shared, so that both streams run in ONE pass, along the batch.
-        x = self.backbone.embed(torch.cat([images[s] for s in self.streams]))  # (2B,N,d)
-        per_block, stages = iter(zip(self.adapters, self.drop_rates)), []
-        for blocks, merge in self.backbone.stages:
-            for block in blocks:
-                arguments = x, block, *next(per_block)
-                if self.checkpoint_activations and self.training:
-                    contexts = contextlib.nullcontext(), unseen(arguments[2])  # first, again
-                    x = checkpoint(self.update, *arguments, use_reentrant=False,
-                                   context_fn=lambda: contexts)
-                else:
-                    x = self.update(*arguments)
-            stages.append(x)
-            x = merge(x)
-        stages[-1] = self.backbone.norm(x)
+        per_block = iter(zip(self.adapters, self.drop_rates))
+
+        def update(x, block):
+            if self.checkpoint_activations and self.training:
+                return checkpoint(self.update, x, block, *next(per_block), use_reentrant=False)
+            return self.update(x, block, *next(per_block))
+
+        # The weights are shared, so that both streams run in ONE pass, along the batch: (2B,N,d).
+        stages = self.backbone(torch.cat([images[s] for s in self.streams]), update)
         tokens = dict(zip(self.streams, zip(*(stage.chunk(len(self.streams)) for stage in stages))))
         return tokens.get("visual"), tokens.get("audio")
 
     def update(self, x, block, adapters, drop):
         """Y = X + MSA(X) + LAV(X), then Z = Y + MLP(Y) + LAV(Y), for both streams X."""
-        for branch, lav in zip(block.branches(), adapters):
+        for branch, lav in zip(self.backbone.branches(block), adapters):
             frozen = torchvision.ops.stochastic_depth(branch(x), drop, "row", self.training)
             if len(self.streams) == 1:
                 x = x + frozen + lav[self.streams[0]](x)
@@ -438,19 +436,6 @@ class Lavish(nn.Module):
                 v, a = x.chunk(2)                                              # (B,N,d) each
                 x = x + frozen + torch.cat([lav["visual"](v, a), lav["audio"](a, v)])
         return x
-
-@contextlib.contextmanager
-def unseen(module):
-    """Batch norms do not add a batch to their running statistics: when a block is computed again
-    for its backward pass, its batch has been counted already."""
-    kept = {m: m.momentum for m in module.modules() if isinstance(m, nn.BatchNorm1d)}
-    for norm in kept:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in kept.items():
-            norm.momentum = momentum
 
 # ---------------------------------------------------------------- the three tasks' heads
 #

@@ -237,7 +237,7 @@ def test_recomputed_activations_and_the_released_way_give_the_same_gradients(hea
     ours, recomputed = (gradients(model.double(), inputs) for model in (plain, lean))
     assert all(torch.allclose(ours[k], recomputed[k], atol=1e-5) for k in ours)
     for (name, a), b in zip(plain.named_buffers(), lean.buffers()):
-        assert torch.equal(a, b) or "num_batches" in name, name  # a batch counts once
+        assert torch.allclose(a, b, atol=1e-6) or "num_batches" in name, name  # a batch counts once
     lean.net.update = Mock(side_effect=lean.net.update)
     gradients(lean, inputs)
     assert lean.net.update.call_count == 2 * len(lean.net.adapters)

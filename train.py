@@ -346,7 +346,7 @@ def as_released():
         stages, adapters = [], iter(net.adapters)
         for blocks, merge in net.backbone.stages:
             for block in blocks:
-                for branch, lav in zip(block.branches(), next(adapters)):
+                for branch, lav in zip(net.backbone.branches(block), next(adapters)):
                     v, a = v + branch(v) + lav["visual"](v, a), a + branch(a) + lav["audio"](a, v)
             stages.append((v, a))
             v, a = merge(v), merge(a)
