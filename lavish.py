@@ -25,11 +25,11 @@ Glossary
     groups         g                         groups of the bottleneck's 1x1 convolutions
     visual, audio                            per stage, the tokens of the two streams
 
-Read in this order, which is the order in which data flows: fbank, SwinV2, LavishAdapter, Lavish,
-then the task you want: AVE, AVS or AVQA. The end has the two verbs people copy, and
-`python lavish.py` prints the parameter counts.
+Read in the order in which data flows: fbank, SwinV2, LavishAdapter, Lavish, then the task you want:
+AVE, AVS, AVQA or UCF101; the other backbones may be skipped. The end has the two verbs people copy,
+and `python lavish.py` prints the parameter counts.
 """
-import math, re
+import functools, math, re
 
 import torch, torch.nn as nn, torch.nn.functional as F
 import torchaudio, torchvision
@@ -37,7 +37,6 @@ from torch.utils.checkpoint import checkpoint
 
 class InputError(ValueError):
     """Something the user can mend. One line: which file or option, what is wrong, what to do."""
-
 # ---------------------------------------------------------------- sound becomes an image
 SAMPLE_RATE = 16000
 # Mean and std of AVE's spectrograms at a 5.2 ms shift (released AVE/dataloader.py). Other data and
@@ -64,15 +63,13 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
     return F.pad((image - mean) / (2 * std), (0, 0, 0, size - image.shape[0]))
 
 # ---------------------------------------------------------------- the frozen backbone: Swin-V2
-#
 # What Lavish below needs of a backbone, so that another one can take Swin's place:
 #     embed(images (B,3,S,S)) -> tokens (B,N,d)
 #     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
 #     branches(block): the functions f in x <- x + f(x), here attention and MLP
-#     norm: the last LayerNorm; pool(tokens (B,N,d)) -> (B,d): what stands for an image
-#     dims: token widths of the stages; image_size: S
+#     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
+#     names(state dict): (pattern, replacement) that turn other people's parameter names into ours
 # Parameter names are torchvision's.
-
 def stage_tokens(backbone, images, update=None):
     """forward of all backbones: images (B,3,S,S) -> list of tokens (B,N,d) at the end of each
     stage, before merging, the last after the final norm. update(x, block): what a block does."""
@@ -80,7 +77,6 @@ def stage_tokens(backbone, images, update=None):
         for branch in backbone.branches(block):
             x = x + branch(x)
         return x
-
     x, stages = backbone.embed(images), []
     for blocks, merge in backbone.stages:
         for block in blocks:
@@ -96,7 +92,6 @@ class WindowAttention(nn.Module):
 
     tokens (B, side*side, dim) -> (B, side*side, dim)
     """
-
     def __init__(self, dim, heads, side, window, shift, pretrained_window):
         super().__init__()
         self.heads, self.side, self.window, self.shift = heads, side, window, shift
@@ -131,15 +126,11 @@ class WindowAttention(nn.Module):
         return x.reshape(B, N, C)
 
     def bias(self):
-        """Position bias plus shift mask, (1, W*heads, n, n).
-
-        A constant of a frozen backbone, so it is kept until its parameters change (by identity
-        and version); a backbone in training gets it computed, with gradient, in each call.
-        """
-        parameters = list(self.cpb_mlp.parameters())
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        """Position bias plus shift mask, (1, W*heads, n, n): computed, with gradient, in each call
+        for a backbone in training; a constant of a frozen one, kept until its parameters change."""
+        now = [(p.data_ptr(), p._version) for p in self.cpb_mlp.parameters()]
+        if torch.is_grad_enabled() and self.cpb_mlp[0].weight.requires_grad:
             return self.compute_bias()
-        now = [(p.data_ptr(), p._version) for p in parameters]
         if self._bias_of != now:
             self._bias, self._bias_of = self.compute_bias().detach(), now
         return self._bias
@@ -191,7 +182,6 @@ def shift_mask(side, window, shift):
 
 class SwinBlock(nn.Module):
     """Residual-post-norm: x <- x + norm1(attn(x)), then x <- x + norm2(mlp(x))."""
-
     def __init__(self, dim, heads, side, window, shift, pretrained_window):
         super().__init__()
         self.attn = WindowAttention(dim, heads, side, window, shift, pretrained_window)
@@ -205,7 +195,6 @@ class SwinBlock(nn.Module):
 
 class PatchMerging(torchvision.models.swin_transformer.PatchMergingV2):
     """Each 2 x 2 tokens become one of twice the width: (B, side^2, d) -> (B, side^2 / 4, 2d)."""
-
     def forward(self, x):
         side = math.isqrt(x.shape[1])
         return super().forward(x.unflatten(1, (side, side))).flatten(1, 2)
@@ -213,29 +202,26 @@ class PatchMerging(torchvision.models.swin_transformer.PatchMergingV2):
 class SwinV2(nn.Module):
     """Swin Transformer V2 (Liu et al., CVPR 2022) for square images of one size.
 
-    images (B, 3, S, S) -> list of tokens at the end of each stage, before merging, the last after
-    the final norm: (B, (S/4)^2, d), (B, (S/8)^2, 2d), ...
+    images (B,3,S,S) -> tokens of the stages, (B,(S/4)^2,d), (B,(S/8)^2,2d), ...
 
     A stage narrower than the window gets one window of its own width, unshifted (Microsoft's rule;
-    torchvision pads instead and attends to the padding). pretrained_windows: per stage, the window
-    that the weights were trained with, where it is another than this image size gives.
+    torchvision pads instead and attends to the padding). pretrained_size: of the images that the
+    weights were trained with, where it is another one, for the windows' offsets.
     """
-
-    def __init__(self, embed_dim, depths, num_heads, window_size, image_size,
-                 pretrained_windows=None):
+    def __init__(self, embed_dim, depths, num_heads, window_size, image_size, pretrained_size=None):
         super().__init__()
         self.dims, self.image_size = [embed_dim << i for i in range(len(depths))], image_size
         features = [nn.Sequential(nn.Conv2d(3, embed_dim, 4, stride=4),
                                   torchvision.ops.Permute([0, 2, 3, 1]), nn.LayerNorm(embed_dim))]
-        sides = stage_sides(image_size, len(depths), window_size)
+        sides, pretrained_sides = (stage_sides(size, len(depths), window_size)
+                                   for size in (image_size, pretrained_size or image_size))
         for i, (side, depth, heads) in enumerate(zip(sides, depths, num_heads)):
             dim, window = self.dims[i], min(window_size, side)
-            pretrained_window = pretrained_windows[i] if pretrained_windows else window
             if i:
                 features.append(PatchMerging(dim // 2))
             features.append(nn.ModuleList(  # every second block shifts its windows by half
                 SwinBlock(dim, heads, side, window, window // 2 if j % 2 and side > window else 0,
-                          pretrained_window) for j in range(depth)))
+                          min(window_size, pretrained_sides[i])) for j in range(depth)))
         self.features = nn.ModuleList(features)
         self.norm = nn.LayerNorm(self.dims[-1])
         self.stages = list(zip(features[1::2], [*features[2::2], nn.Identity()]))
@@ -252,71 +238,146 @@ class SwinV2(nn.Module):
     def branches(self, block):
         return lambda x: block.norm1(block.attn(x)), lambda x: block.norm2(block.mlp(x))
 
-    def pool(self, tokens):
-        return tokens.mean(1)
+    def names(self, state):
+        # Microsoft's and timm's, which from 0.9 on has the merging at the start of the next stage.
+        late = int("layers.0.downsample.norm.weight" in state)
+        return ((r"^patch_embed\.proj", "features.0.0"), (r"^patch_embed\.norm", "features.0.2"),
+                (r"^layers\.(\d+)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}"),
+                (r"^layers\.(\d+)\.downsample", lambda m: f"features.{2 * (int(m[1]) + late)}"),
+                (r"mlp\.fc1", "mlp.0"), (r"mlp\.fc2", "mlp.3"))
 
 def stage_sides(image_size, stages, window):
     """Token rows of each stage, [S/4, S/8, ...]; refuses sizes that no windows can tile."""
     sides = lambda size: [size // (4 << i) for i in range(stages)]
     sizes = [size for size in range(16, 1025, 16) if size % (2 << stages) == 0
              and all(side <= window or side % window == 0 for side in sides(size))]
-    if image_size not in sizes:
-        raise InputError(f"image size {image_size} does not divide into windows of {window} over "
-                         f"{stages} stages; sizes that do: {', '.join(map(str, sizes))}")
-    return sides(image_size)
+    if image_size in sizes:
+        return sides(image_size)
+    raise InputError(f"image size {image_size} does not divide into windows of {window} over "
+                     f"{stages} stages; sizes that do: {', '.join(map(str, sizes))}")
 
-SWIN_V2 = {  # name: (embed_dim, depths, heads, window, pretraining image size, published weights)
-    "nano": (32, (2, 2, 2), (2, 4, 8), 6, 48, None),  # the toy's
-    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 8, 256, "t-b137f0e2"),  # three of torchvision
-    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 8, 256, "s-637d8ceb"),
-    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 8, 256, "b-781e5279"),
-    "base12": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 192, "base"),  # two of Microsoft
-    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 192, "large")}  # the paper's
+# ---------------------------------------------------------------- backbones of the supplementary
+class ViT(torchvision.models.VisionTransformer):
+    """Vision Transformer (Dosovitskiy et al., ICLR 2021): one stage, class token first. Pre-norm:
+    x <- x + attn(norm1(x)), then x <- x + mlp(norm2(x)). Patches of 16 x 16 pixels."""
+    forward, norm = stage_tokens, property(lambda self: self.encoder.ln)
 
-def swin_v2(name, image_size=None, weights=None):
-    """A Swin-V2 by name (the keys of SWIN_V2), at its pretraining image size unless told.
+    def __init__(self, layers, heads, dim, image_size):
+        if image_size % 16:
+            raise InputError(f"image size {image_size} does not divide into patches of 16 pixels")
+        super().__init__(image_size, 16, layers, heads, dim, 4 * dim)
+        self.dims, self.heads = [dim], nn.Identity()
+        self.stages = [(self.encoder.layers, nn.Identity())]
 
-    weights: a state dict, torchvision's, Microsoft's or timm's; random without. `load_weights` in
-    train.py fetches the published ones.
-    """
-    if name not in SWIN_V2:
-        raise InputError(f"unknown backbone {name!r}; there are {', '.join(SWIN_V2)}")
-    embed_dim, depths, heads, window, native, _ = SWIN_V2[name]
-    windows = [min(window, side) for side in stage_sides(native, len(depths), window)]
-    backbone = SwinV2(embed_dim, depths, heads, window, image_size or native, windows)
+    def embed(self, images):
+        x = self._process_input(images)                                        # (B,(S/16)^2,d)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)         # (B,1+(S/16)^2,d)
+        return x + self.encoder.pos_embedding
+
+    def branches(self, block):
+        return (lambda x: block.self_attention(*3 * [block.ln_1(x)], need_weights=False)[0],
+                lambda x: block.mlp(block.ln_2(x)))
+
+    def names(self, state):
+        # timm's and VideoMAE's (its fc_norm comes after the mean there); linear_ is torchvision's.
+        return ((r"^encoder\.(?=patch_embed|blocks|norm)", ""), ("^patch_embed.proj", "conv_proj"),
+                ("^cls_token", "class_token"), ("^pos_embed$", "encoder.pos_embedding"),
+                (r"^blocks\.", "encoder.layers.encoder_layer_"), (r"\.norm([12])", r".ln_\1"),
+                (r"^(fc_)?norm\.", "encoder.ln."), (r"attn\.qkv\.", "self_attention.in_proj_"),
+                (r"attn\.proj", "self_attention.out_proj"), (r"mlp\.(fc|linear_)1", "mlp.0"),
+                (r"mlp\.(fc|linear_)2", "mlp.3"))
+
+class VideoMAE(ViT):
+    """VideoMAE's encoder (Tong et al., NeurIPS 2022): one token per tubelet, 2 frames of 16 x 16
+    pixels; fixed sine positions, no class token. 16 images in a row are taken as one clip; a
+    spectrogram comes as a still of two frames, so that it is a tubelet in each place."""
+    def __init__(self, layers, heads, dim, image_size):
+        super().__init__(layers, heads, dim, image_size)
+        del self.class_token, self.encoder.pos_embedding
+        self.conv_proj = nn.Conv3d(3, dim, (2, 16, 16), (2, 16, 16))
+        place = torch.arange(8 * (image_size // 16) ** 2)[:, None]
+        angle = place / 10000 ** (torch.arange(0, dim, 2) / dim)               # (N,d/2)
+        positions = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)     # sin, cos, sin, ...
+        self.register_buffer("positions", positions, persistent=False)
+
+    def embed(self, images):
+        clips = images.unflatten(0, (-1, 16)).transpose(1, 2)                  # (B,3,16,S,S)
+        return to_tokens(self.conv_proj(clips)) + self.positions               # (B,8*(S/16)^2,d)
+
+class ResNet(torchvision.models.ResNet):
+    """Residual network (He et al., CVPR 2016). A block that changes the shape only merges; any
+    other, relu(x + f(x)), is one branch: x <- x + (relu(x + f(x)) - x)."""
+    forward, names = stage_tokens, lambda self, state: ()
+
+    def __init__(self, depths, image_size):
+        super().__init__(torchvision.models.resnet.Bottleneck, depths)
+        self.dims, self.image_size = [256, 512, 1024, 2048], image_size
+        self.fc = self.norm = nn.Identity()
+        layers = self.layer1, self.layer2, self.layer3, self.layer4
+        merges = [functools.partial(on_maps, layer[0]) for layer in layers[1:]]
+        self.stages = [(layer[1:], merge) for layer, merge in zip(layers, [*merges, self.norm])]
+
+    def embed(self, images):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))              # (B,64,S/4,S/4)
+        return to_tokens(self.layer1[0](x))                                    # (B,(S/4)^2,256)
+
+    def branches(self, block):
+        return [lambda x: on_maps(block, x) - x]
+
+def on_maps(module, tokens):
+    return to_tokens(module(to_maps(tokens)))
+
+def to_maps(tokens):  # (B,H*H,d) -> (B,d,H,H)
+    side = math.isqrt(tokens.shape[1])
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+def to_tokens(maps):  # (B,d,...) -> (B,N,d)
+    return maps.flatten(2).transpose(1, 2)
+
+BACKBONES = {  # name: (class, its settings, image size and name of the published weights)
+    "nano": (SwinV2, (32, (2, 2, 2), (2, 4, 8), 6), 48, None),  # the toy's
+    "tiny": (SwinV2, (96, (2, 2, 6, 2), (3, 6, 12, 24), 8), 256, "swin_v2_t"),  # torchvision's
+    "small": (SwinV2, (96, (2, 2, 18, 2), (3, 6, 12, 24), 8), 256, "swin_v2_s"),
+    "base": (SwinV2, (128, (2, 2, 18, 2), (4, 8, 16, 32), 8), 256, "swin_v2_b"),
+    "base12": (SwinV2, (128, (2, 2, 18, 2), (4, 8, 16, 32), 12), 192, "base"),  # Microsoft's
+    "large": (SwinV2, (192, (2, 2, 18, 2), (6, 12, 24, 48), 12), 192, "large"),  # the paper's
+    "vit_tiny": (ViT, (12, 3, 192), 224, None), "vit_small": (ViT, (12, 6, 384), 224, None),
+    "vit_base": (ViT, (12, 12, 768), 224, "vit_b_16"),
+    "vit_large": (ViT, (24, 16, 1024), 224, "vit_l_16"),
+    "videomae": (VideoMAE, (12, 12, 768), 224, None),
+    "videomae_nano": (VideoMAE, (4, 4, 64), 48, None),  # the toy's
+    "resnet152": (ResNet, ((3, 8, 36, 3),), 224, "resnet152")}
+
+def make_backbone(name, image_size=None, weights=None):
+    """A backbone by name (a key of BACKBONES), at its pretraining image size unless told. weights:
+    torchvision's, Microsoft's, timm's or VideoMAE's state dict (see load_weights in train.py)."""
+    if name not in BACKBONES:
+        raise InputError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+    kind, settings, native, _ = BACKBONES[name]
+    backbone = kind(*settings, image_size or native, *[native] * (kind is SwinV2))
     if weights:
-        load_swin_weights(backbone, weights)
+        load_pretrained(backbone, weights)
     return backbone
 
-def load_swin_weights(backbone, state_dict):
-    """Load torchvision's or Microsoft's (also timm's) names; what does not fit is an InputError."""
-    state = state_dict.get("model", state_dict)
-    # timm >= 0.9 keeps the merging at the start of the next stage, Microsoft at the end of its own.
-    late = int("layers.0.downsample.norm.weight" in state)
-    names = ((r"^patch_embed\.proj", "features.0.0"), (r"^patch_embed\.norm", "features.0.2"),
-             (r"^layers\.(\d+)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}"),
-             (r"^layers\.(\d+)\.downsample", lambda m: f"features.{2 * (int(m[1]) + late)}"),
-             (r"mlp\.fc1", "mlp.0"), (r"mlp\.fc2", "mlp.3"))
-    # The ImageNet classifier is not used, and the tables follow from the window.
-    unused, renamed = r"^head|relative_position_index|relative_coords_table|attn_mask", {}
-    for key, tensor in state.items():
-        for old, new in names:
-            key = re.sub(old, new, key)
-        if not re.search(unused, key):
-            renamed[key] = tensor
-    for key in [key for key in renamed if key.endswith("q_bias")]:
-        q, v = renamed.pop(key), renamed.pop(key.replace("q_bias", "v_bias"))
-        renamed[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    check_keys(backbone.state_dict(), renamed, "the weights do not fit this backbone")
-    backbone.load_state_dict(renamed)
+def load_pretrained(backbone, state_dict):
+    """Load weights under their publisher's names; what does not fit is an InputError."""
+    state = state_dict.get("model", state_dict.get("module", state_dict))
+    # Neither classifier nor decoder is used, and the tables follow from the window.
+    unused = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_(position|coords)|attn_mask"
+    state = {key: tensor for key, tensor in state.items() if not re.search(unused, key)}
+    for key in [key for key in state if key.endswith("q_bias")]:  # keys have none
+        q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    for old, new in backbone.names(state):
+        state = {re.sub(old, new, key): tensor for key, tensor in state.items()}
+    check_keys(backbone.state_dict(), state, "the weights do not fit this backbone")
+    backbone.load_state_dict(state)
 
 def check_keys(wanted, found, what):
     """InputError that names every missing, extra or misshaped key; a count would name none."""
     wanted, found = ({k: tuple(t.shape) for k, t in d.items()} for d in (wanted, found))
-    faults = ([f"missing {k}" for k in wanted if k not in found]
-              + [f"extra {k}" for k in found if k not in wanted]
-              + [f"{k} is {found[k]}, not {wanted[k]}" for k in wanted
-                 if k in found and found[k] != wanted[k]])
+    faults = [f"{k} is {found.get(k, 'missing')}, not {wanted.get(k, 'wanted')}"
+              for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
     if faults:
         raise InputError(f"{what}: {'; '.join(faults[:8] + ['...'] * (len(faults) > 8))}")
 
@@ -328,7 +389,6 @@ class LavishAdapter(nn.Module):
     O(m (N + M) dim), where direct cross-attention takes O(N M dim).
     latents=0 builds the one-stream adapter (bottleneck alone), called as forward(x).
     """
-
     def __init__(self, dim, latents=2, reduction=8, groups=2):
         super().__init__()
         if dim % (reduction * groups):
@@ -383,26 +443,24 @@ class Lavish(nn.Module):
 
     modality "v" or "a" leaves one stream out altogether: not its pixels but its adapters and
     features, and the cross-modal part of the other one's adapters.
-    drop_path: stochastic depth of the frozen branches in training, rising linearly over the blocks.
-    The released code trains with timm's default of 0.1, stated nowhere in the paper.
-    checkpoint_activations: keep only what enters a block, and compute the block again in the
-    backward pass: the same gradients in a sixth of the memory, for a third more computing.
+    drop_path: stochastic depth of the frozen branches in training, rising linearly over the blocks
+    (released: timm's default of 0.1, stated nowhere in the paper).
+    checkpoint_activations: compute each block again in the backward pass instead of keeping it.
     """
-
     def __init__(self, backbone, latents=2, reduction=8, groups=2, modality="av", drop_path=0.0,
                  checkpoint_activations=False):
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
         self.backbone = backbone.requires_grad_(False)
         self.streams = {"av": ("visual", "audio"), "v": ("visual",), "a": ("audio",)}[modality]
-        blocks = [(block, dim) for (blocks, _), dim in zip(backbone.stages, backbone.dims)
-                  for block in blocks]
         m = latents if modality == "av" else 0  # nothing to read from without the other one
         # [block][branch][stream]: with both streams and a Swin's two branches, four per block.
         self.adapters = nn.ModuleList(nn.ModuleList(nn.ModuleDict(
             {stream: LavishAdapter(dim, m, reduction, groups) for stream in self.streams})
-            for _ in backbone.branches(block)) for block, dim in blocks)
-        self.drop_rates = [drop_path * i / max(len(blocks) - 1, 1) for i in range(len(blocks))]
+            for _ in backbone.branches(block))
+            for (blocks, _), dim in zip(backbone.stages, backbone.dims) for block in blocks)
+        last = max(len(self.adapters) - 1, 1)
+        self.drop_rates = [drop_path * i / last for i in range(last + 1)]
         if checkpoint_activations:  # every batch will pass a batch norm twice, and count once:
             for norm in (m for m in self.adapters.modules() if isinstance(m, nn.BatchNorm1d)):
                 norm.momentum = 1 - (1 - norm.momentum) ** 0.5  # two such steps are one as before
@@ -414,15 +472,12 @@ class Lavish(nn.Module):
 
     def forward(self, frames, spectrograms):
         images = {"visual": frames, "audio": spectrograms[:, None].expand(-1, 3, -1, -1)}
-        per_block = iter(zip(self.adapters, self.drop_rates))
-
-        def update(x, block):
-            if self.checkpoint_activations and self.training:
-                return checkpoint(self.update, x, block, *next(per_block), use_reentrant=False)
-            return self.update(x, block, *next(per_block))
-
+        per_block, run = iter(zip(self.adapters, self.drop_rates)), self.update
+        if self.checkpoint_activations and self.training:
+            run = functools.partial(checkpoint, run, use_reentrant=False)
         # The weights are shared, so that both streams run in ONE pass, along the batch: (2B,N,d).
-        stages = self.backbone(torch.cat([images[s] for s in self.streams]), update)
+        stages = self.backbone(torch.cat([images[s] for s in self.streams]),
+                               lambda x, block: run(x, block, *next(per_block)))
         tokens = dict(zip(self.streams, zip(*(stage.chunk(len(self.streams)) for stage in stages))))
         return tokens.get("visual"), tokens.get("audio")
 
@@ -437,33 +492,37 @@ class Lavish(nn.Module):
                 x = x + frozen + torch.cat([lav["visual"](v, a), lav["audio"](a, v)])
         return x
 
-# ---------------------------------------------------------------- the three tasks' heads
-#
+    def pooled(self, frames, spectrograms):
+        """(B,T,3,S,S), (B,T,S,S) -> (B,T,d or 2d): what stands for each image, a ViT's class token
+        or the mean over the tokens, of both streams side by side."""
+        streams = self(frames.flatten(0, 1), spectrograms.flatten(0, 1))
+        chosen = slice(0, 1 if hasattr(self.backbone, "class_token") else None)
+        pooled = [tokens[-1][:, chosen].mean(1) for tokens in streams if tokens]
+        return torch.cat(pooled, -1).unflatten(0, (len(frames), -1))
+
+# ---------------------------------------------------------------- the tasks' heads
 # Logits are float32 under autocast too, for the losses.
 
 class AVE(nn.Module):
     """Audio-visual event localisation: which event is seen and heard in each second (Sec. 4.1).
 
     frames (B,T,3,S,S), spectrograms (B,T,S,S) -> logits (B,T,classes), the last class background
+    extra: width of more features (B,T,extra), as VGGish's 128 (Table 3 of the supplementary)
     """
-
-    def __init__(self, net, classes=29, hidden=512):
+    def __init__(self, net, classes=29, hidden=512, extra=0):
         super().__init__()
-        self.net = net
+        self.net, width = net, len(net.streams) * net.backbone.dims[-1] + extra
         # Two linear layers with nothing between them, as released.
-        self.head = nn.Sequential(nn.Linear(len(net.streams) * net.backbone.dims[-1], hidden),
-                                  nn.Linear(hidden, classes))
+        self.head = nn.Sequential(nn.Linear(width, hidden), nn.Linear(hidden, classes))
 
-    def forward(self, frames, spectrograms):
-        B, T = frames.shape[:2]
-        streams = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
-        pooled = [tokens[-1].mean(1) for tokens in streams if tokens]          # (B*T,d) each
-        return self.head(torch.cat(pooled, -1)).view(B, T, -1).float()
+    def forward(self, frames, spectrograms, *extra):
+        pooled = self.net.pooled(frames, spectrograms)                         # (B,T,2d)
+        return self.head(torch.cat([pooled, *extra], -1)).float()
 
 class TPAVI(nn.Module):
     """Temporal pixel-wise audio-visual interaction (AVSBench, ECCV 2022): every pixel of a clip
     reads all others, weighted by how its theta agrees with the sound phi of their frame. For pixel
-    p of frame t, over T frames of P pixels,
+    p of frame t, over T frames of P pixels (B*T,C,H,W), and audio (B,T,audio_dim),
 
         y_tp = 1/(TP) sum_t'p' (theta_tp . phi_t') g_t'p'            z = LN(x + BN(W y))
 
@@ -471,10 +530,7 @@ class TPAVI(nn.Module):
     stands between the two products and phi is one per frame, so the sums may change places:
 
         y_tp = theta_tp [1/T sum_t' phi_t'^T gbar_t'],    gbar_t = mean_p g(x_tp) = g(mean_p x_tp)
-
-    x (B*T,C,H,W), audio (B,T,audio_dim) -> (B*T,C,H,W)
     """
-
     def __init__(self, channels, audio_dim=128):
         super().__init__()
         self.align = nn.Linear(audio_dim, channels)
@@ -495,7 +551,6 @@ class TPAVI(nn.Module):
 class ResidualUnit(nn.Module):
     """relu(x) + conv(relu(conv(relu(x)))): the shortcut is rectified too, because the released
     code's first relu works in place."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
@@ -510,13 +565,13 @@ class AVS(nn.Module):
     frames (B,T,3,S,S), spectrograms (B,T,S,S) -> mask logits (B,T,mask_size,mask_size); T is 1
     with first=True, all that the loss of S4 looks at. Without sound there is no TPAVI.
     """
-
     def __init__(self, net, mask_size=224, channels=256, widths=(64, 128, 320, 512),
                  mask_widths=(128, 32), audio_dim=128):
         super().__init__()
-        if "visual" not in net.streams:
-            raise InputError("segmentation has no sound-only variant: a mask needs frames")
         self.net, dims = net, net.backbone.dims
+        if "visual" not in net.streams or len(dims) < 2:
+            raise InputError("segmentation has no sound-only variant, a mask needs frames; and it "
+                             "needs maps of several sizes: a Swin-V2 or a ResNet")
         n, audible = len(dims), "audio" in net.streams
         # Map i has side sizes[i + 1], mask_size / 4, / 8 ...; once fused it grows to sizes[i].
         self.sizes = [max(1, mask_size // 2 ** (i + 1)) for i in range(n + 1)]
@@ -541,8 +596,7 @@ class AVS(nn.Module):
         visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
         maps = []
         for tokens, project, size in zip(visual, self.project, self.sizes[1:]):
-            side = math.isqrt(tokens.shape[1])
-            x = project(tokens).transpose(1, 2).unflatten(2, (side, side))     # (B*T,w,side,side)
+            x = to_maps(project(tokens))                                       # (B*T,w,side,side)
             maps.append(F.interpolate(x, size, mode="bicubic"))                # (B*T,w,size,size)
         if audio:
             audio = self.audio(audio[-1].mean(1)).view(B, T, -1)               # (B,T,128)
@@ -561,12 +615,10 @@ class AVS(nn.Module):
 
 class TemporalGrounding(nn.Module):
     """When? The question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D)."""
-
     def __init__(self, hidden, heads=4, dropout=0.1):
         super().__init__()
         self.attention = nn.MultiheadAttention(hidden, heads, dropout, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout),
-                                 nn.Linear(hidden, hidden), nn.Dropout(dropout))
+        self.mlp = torchvision.ops.MLP(hidden, [hidden, hidden], dropout=dropout)
         self.norm = nn.LayerNorm(hidden)
 
     def forward(self, question, seconds):
@@ -579,11 +631,9 @@ class AVQA(nn.Module):
 
     frames (B,T,3,S,S), spectrograms (B,T,S,S), question (B,W) word indices,
     foreign (B,T,3,S,S) frames of other videos, in training only
-    -> answer logits (B,answers), match: logits (2*B*T,2), real frames first, or None without
-    foreign frames; class 1 is "this frame goes with this sound". With one stream out, the other
-    one's vectors are all there is, and nothing to match.
+    -> answer logits (B,answers), match: logits (2*B*T,2), real frames first, class 1 "this frame
+    goes with this sound"; None without foreign frames or with one stream out.
     """
-
     def __init__(self, net, words=93, answers=42, hidden=512):
         super().__init__()
         self.net, dim, joint = net, net.backbone.dims[-1], len(net.streams) * hidden
@@ -597,9 +647,7 @@ class AVQA(nn.Module):
             self.visual_in, self.visual_out = nn.Linear(dim, hidden), nn.Linear(joint, hidden)
             self.when_seen = TemporalGrounding(hidden)
         if len(net.streams) == 2:
-            self.match = nn.Sequential(
-                nn.Linear(joint, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2), nn.ReLU(),
-                nn.Linear(hidden // 2, hidden // 4), nn.ReLU(), nn.Linear(hidden // 4, 2))
+            self.match = torchvision.ops.MLP(joint, [hidden, hidden // 2, hidden // 4, 2])
         self.fusion, self.answer = nn.Linear(joint, hidden), nn.Linear(hidden, answers)
 
     def forward(self, frames, spectrograms, question, foreign=None):
@@ -637,6 +685,19 @@ class AVQA(nn.Module):
             views.append((cosine.softmax(1) * unit).sum(1))
         return self.visual_out(torch.cat(views, -1).tanh())
 
+class UCF101(nn.Module):
+    """Action recognition (Table 2 of the supplementary): what is done in a clip.
+
+    frames (B,16,3,S,S), spectrograms (B,8,S,S), one per tubelet -> logits (B,classes)"""
+    def __init__(self, net, classes=101):
+        super().__init__()
+        self.net, self.head = net, nn.Linear(len(net.streams) * net.backbone.dims[-1], classes)
+
+    def forward(self, frames, spectrograms):
+        stills = spectrograms.repeat_interleave(2, 1)                          # (B,16,S,S)
+        # VideoMAE has one vector for a clip; a backbone of images 16, to be averaged.
+        return self.head(self.net.pooled(frames, stills).mean(1)).float()
+
 # ---------------------------------------------------------------- two verbs to copy
 def freeze_all_but_adapters(model):
     """Leave only the LavishAdapters of a model trainable (then unfreeze the head by hand)."""
@@ -645,10 +706,8 @@ def freeze_all_but_adapters(model):
         adapter.requires_grad_(True)
 
 def trained_state_dict(model):
-    """What training changed, and no more: 40 MB beside a Swin-V2-L of 900.
-
-    A module that owns a trainable parameter is kept with its buffers (batch-norm statistics).
-    """
+    """What training changed, and no more: 40 MB beside a Swin-V2-L of 900. A module that owns a
+    trainable parameter is kept with its buffers (batch-norm statistics)."""
     trained = {name for name, module in model.named_modules()
                if any(p.requires_grad for p in module.parameters(recurse=False))}
     return {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] in trained}
@@ -668,23 +727,24 @@ def count_parameters(model):
 def main():
     """Print the paper's configurations: parameters here beside the paper's, in millions."""
     print("millions of parameters         of which                trainable        total\n"
-          "task backbone m/ r/g   latents adapters   head     here  paper     here  paper")
-    for head, name, m, r, g, paper_trainable, paper_total in (
+          "task   backbone   m/r/g  latents adapters     head     here  paper     here  paper")
+    for head, name, m, r, g, *paper in (
             (AVE, "large", 2, 8, 2, 10.1, 238.8), (AVE, "base12", 2, 8, 2, 5.0, 114.2),
+            (AVE, "vit_base", 2, 8, 2, 4.7, 107.2), (AVE, "vit_large", 2, 8, 2, 14.5, 340.1),
             (AVS, "large", 16, 4, 2, 37.2, 266.4), (AVQA, "large", 16, 4, 2, 21.1, 249.8),
-            (AVQA, "large", 64, 8, 4, 21.1, 249.8)):
+            (AVQA, "large", 64, 8, 4, 21.1, 249.8), (UCF101, "videomae", 2, 4, 2, 7.4, "-")):
         with torch.device("meta"):  # shapes without memory
-            model = head(Lavish(swin_v2(name), m, r, g))
-        trainable, total = count_parameters(model)
-        total += 21841 * (model.net.backbone.dims[-1] + 1)  # ImageNet-22k's unused classifier
-        adapters = count_parameters(model.net.adapters)[1]
-        latents = sum(a.latents.numel() for a in model.modules() if isinstance(a, LavishAdapter))
-        here = (n / 1e6 for n in (latents, adapters - latents, trainable - adapters, trainable))
-        print(f"{head.__name__:4} {name:8} {m:2}/{r:2}/{g} {''.join(f'{n:9.2f}' for n in here)}"
-              f"{paper_trainable:7.1f}{total / 1e6:9.2f}{paper_total:7.1f}")
-    print("m latents, r reduction, g groups. Totals count the unused ImageNet-22k classifier, as\n"
-          "the paper's do. The released decoder of AVS has 1.18 more, and the released head of\n"
-          "AVQA 2.76 more, that they never use: with those, 64/ 8/4 has the paper's 21.1.")
+            model = head(Lavish(make_backbone(name), m, r, g))
+        adapters, (trained, total) = count_parameters(model.net)[0], count_parameters(model)
+        total += (head is not UCF101) * 21841 * (model.net.backbone.dims[-1] + 1)
+        latents = sum(p.numel() for n, p in model.named_parameters() if n.endswith("latents"))
+        here = latents, adapters - latents, trained - adapters, trained
+        print(f"{head.__name__:6} {name:9} {m:2}/{r}/{g}{''.join(f'{n / 1e6:9.2f}' for n in here)}"
+              f"{paper[0]:7}{total / 1e6:9.2f}{paper[1]:>7}")
+    print("m latents, r reduction, g groups. Totals but UCF101's count the unused ImageNet-22k\n"
+          "classifier, as the paper's do. The released decoder of AVS has 1.18 more, and the\n"
+          "released head of AVQA 2.76 more, that they never use: with those, 64/8/4 has the\n"
+          "paper's 21.1. The paper's 7.4 of UCF101 are the adapters without the head.")
 
 if __name__ == "__main__":
     main()

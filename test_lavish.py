@@ -9,7 +9,7 @@ import numpy as np, pytest
 import torch, torch.nn as nn, torch.nn.functional as F, torchvision
 
 import data, lavish, train
-from lavish import InputError, Lavish, LavishAdapter, WindowAttention, fbank, swin_v2
+from lavish import InputError, Lavish, LavishAdapter, WindowAttention, fbank, make_backbone
 
 HERE = str(Path(__file__).parent)
 NANO = "--backbone=nano --weights=none --image-size=48 --workers=0 --device=cpu --out=run".split()
@@ -93,7 +93,7 @@ def test_fbank_is_the_textbook_log_mel_then_zero_rows_that_are_not_silence(size,
 @pytest.mark.parametrize("name, size", [("tiny", 256), ("small", 256), ("base", 256), ("tiny", 64)])
 @torch.no_grad()
 def test_swin_equals_torchvision_and_where_windows_shrink_timm(name, size):
-    ours, x = swin_v2(name, size).eval(), images(2, size=size)[0]
+    ours, x = make_backbone(name, size).eval(), images(2, size=size)[0]
     if size == 256:
         theirs = getattr(torchvision.models, f"swin_v2_{name[0]}")(weights=None)
         missing, extra = ours.load_state_dict(theirs.state_dict(), strict=False)
@@ -103,7 +103,7 @@ def test_swin_equals_torchvision_and_where_windows_shrink_timm(name, size):
         theirs = timm.create_model("swinv2_tiny_window8_256", img_size=64, num_classes=0)
         for attn in (m for m in ours.modules() if isinstance(m, WindowAttention)):
             attn.offsets = lavish.log_offsets(attn.window, attn.window)  # told of no pretraining
-    lavish.load_swin_weights(ours, randomise(theirs.eval()).state_dict())
+    lavish.load_pretrained(ours, randomise(theirs.eval()).state_dict())
     wanted = theirs.norm(theirs.features(x)) if size == 256 else theirs.forward_features(x)
     error = (ours(x)[-1] - wanted.flatten(1, 2)).abs().max()
     assert error < 1e-5 * max(1, wanted.abs().max())
@@ -140,15 +140,17 @@ def test_microsoft_checkpoint_loads_from_a_path_with_a_space(monkeypatch):
             q, _, v = state.pop(key).chunk(3)
             state.update({key.replace("qkv.", "q_"): q, key.replace("qkv.", "v_"): v})
     torch.save({"model": state}, path)
-    monkeypatch.setitem(lavish.SWIN_V2, "test", (16, (2, 2, 2), (2, 2, 4), 4, 32, None))
-    assert torch.equal(swin_v2("test", weights=train.load_file(path)).eval()(x)[-1], swin(x)[-1])
+    settings = lavish.SwinV2, (16, (2, 2, 2), (2, 2, 4), 4), 32, None
+    monkeypatch.setitem(lavish.BACKBONES, "test", settings)
+    loaded = make_backbone("test", weights=train.load_file(path)).eval()
+    assert torch.equal(loaded(x)[-1], swin(x)[-1])
 @pytest.mark.parametrize("key, tensor, fault", [
-    ("norm.weight", None, "missing norm.weight"), ("more", torch.zeros(1), "extra more"),
+    ("norm.weight", None, "norm.weight is missing"), ("more", torch.zeros(1), "more is .* not wanted"),
     ("norm.bias", torch.zeros(3), r"norm.bias is \(3,\), not \(64,\)")])
 def test_weights_that_do_not_fit_are_named(key, tensor, fault):
     state = {**tiny_swin().state_dict(), key: tensor}
     with pytest.raises(InputError, match=fault):
-        lavish.load_swin_weights(tiny_swin(), {k: v for k, v in state.items() if v is not None})
+        lavish.load_pretrained(tiny_swin(), {k: v for k, v in state.items() if v is not None})
 def test_position_bias_is_kept_when_frozen_and_trainable_when_not():
     attn = (swin := tiny_swin()).stages[0][0][1].attn
     swin(x := images(1)[0])[-1].sum().backward()
@@ -458,7 +460,7 @@ def toy(tmp_path_factory):
         data.make_toy("ave", str(folder / "ave"))
     state, nano = torch.get_rng_state(), train.pretrain_nano(str(folder / "nano.pt"), "cpu", 3, 4)
     assert torch.equal(state, torch.get_rng_state())  # --seed holds in the first run too
-    assert swin_v2("nano", weights=train.load_file(nano)).norm.weight.shape == (128,)
+    assert make_backbone("nano", weights=train.load_file(nano)).norm.weight.shape == (128,)
     return folder
 def test_nano_is_pretrained_once_and_toy_clips_need_both_senses(toy):
     nano, dataset = toy / "nano.pt", data.AVE(str(toy / "ave"), "train", 48)

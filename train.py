@@ -382,7 +382,7 @@ def bench_loader(args):
 # ---------------------------------------------------------------- what the loops share
 def build_net(args):
     """The frozen backbone with its adapters, as the settings say."""
-    backbone = lavish.swin_v2(args.backbone, args.image_size, load_weights(args))
+    backbone = lavish.make_backbone(args.backbone, args.image_size, load_weights(args))
     if args.precision == "bf16":  # autocast would cast the frozen weights anew in every pass
         for name, parameter in backbone.named_parameters():
             if parameter.dim() > 1 and not re.search("cpb_mlp|logit_scale", name):
@@ -414,7 +414,7 @@ def load_weights(args):
         return load_file(pretrain_nano(file, args.device))
     if args.weights != "imagenet":
         return None if args.weights == "none" else load_file(args.weights)
-    file = lavish.SWIN_V2.get(args.backbone, [None])[-1]
+    file = lavish.BACKBONES.get(args.backbone, [None])[-1]
     if not file:
         raise InputError(f"no ImageNet weights known of {args.backbone!r}; give a file's path")
     url = ("https://github.com/SwinTransformer/storage/releases/download/v2.0.0/swinv2_"
@@ -443,7 +443,7 @@ def pretrain_nano(path, device, steps=700, batch=32, lr=1e-3):
         return path
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    backbone = lavish.swin_v2("nano").to(device)
+    backbone = lavish.make_backbone("nano").to(device)
     head = nn.Linear(backbone.dims[-1], 60).to(device)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr,
                                   weight_decay=0.05)
@@ -644,7 +644,7 @@ def command_line():
     option("bench", "head", choices=("ave", "avs", "avqa", "loader"), help="what to measure")
     option("eval predict", "run", help="a folder that training left")
     option("predict", "video", nargs="+", help="anything that ffmpeg reads")
-    option(net, "--backbone", help=", ".join(lavish.SWIN_V2))
+    option(net, "--backbone", help=", ".join(lavish.BACKBONES))
     option(net, "--weights", help="imagenet, none, toy (nano on toy images), or a file's path")
     option(net, "--image-size", type=positive, help="side of frames and spectrograms, pixels")
     option(run, "--latents", type=positive, help="latent tokens per adapter")
