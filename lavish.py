@@ -47,8 +47,7 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
     """One second of sound as a log-mel image.
 
     waveform: (16000,) mono at 16 kHz, in [-1, 1]
-    returns:  (size, size), rows are time and columns are mel bins, about zero mean and 0.5 std
-    """
+    returns:  (size, size), rows are time and columns are mel bins, about zero mean and 0.5 std"""
     if waveform.shape != (SAMPLE_RATE,):
         raise ValueError(f"fbank takes one second, ({SAMPLE_RATE},); got {tuple(waveform.shape)}")
     # `size` steps over one second: 998.4 / 192 = 5.2 ms, the supplementary's shift, and the same
@@ -90,8 +89,7 @@ class WindowAttention(nn.Module):
 
         softmax(cos(q, k) / tau + 16 sigmoid(MLP(log-spaced offset))) v,   1 / tau <= 100
 
-    tokens (B, side*side, dim) -> (B, side*side, dim)
-    """
+    tokens (B, side*side, dim) -> (B, side*side, dim)"""
     def __init__(self, dim, heads, side, window, shift, pretrained_window):
         super().__init__()
         self.heads, self.side, self.window, self.shift = heads, side, window, shift
@@ -108,7 +106,6 @@ class WindowAttention(nn.Module):
                                 index=offset_index(window)).items():
             self.register_buffer(name, table, persistent=False)
         self._bias, self._bias_of = None, None
-
     def forward(self, x):
         B, N, C = x.shape
         x = x.view(B, self.side, self.side, C)
@@ -124,7 +121,6 @@ class WindowAttention(nn.Module):
         x = from_windows(x, self.window, self.side)                             # (B,side,side,C)
         x = x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
         return x.reshape(B, N, C)
-
     def bias(self):
         """Position bias plus shift mask, (1, W*heads, n, n): computed, with gradient, in each call
         for a backbone in training; a constant of a frozen one, kept until its parameters change."""
@@ -134,7 +130,6 @@ class WindowAttention(nn.Module):
         if self._bias_of != now:
             self._bias, self._bias_of = self.compute_bias().detach(), now
         return self._bias
-
     def compute_bias(self):
         table = 16 * torch.sigmoid(self.cpb_mlp(self.offsets))                 # ((2w-1)^2,heads)
         return (table[self.index].permute(2, 0, 1) + self.mask[:, None]).flatten(0, 1)[None]
@@ -158,10 +153,8 @@ def from_windows(x, window, side):
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 def log_offsets(window, pretrained_window):
-    """Offsets within a window, ((2w-1)^2, 2), as sign(o) log2(1 + |o|) / 3 with o in [-8, 8].
-
-    Divided by the window the weights were trained with, so that another one extrapolates.
-    """
+    """Offsets within a window, ((2w-1)^2, 2), as sign(o) log2(1 + |o|) / 3 with o in [-8, 8], by
+    the window the weights were trained with, so that another one extrapolates."""
     o = torch.arange(1 - window, window) * (8 / max(pretrained_window - 1, 1))
     o = o.sign() * (1 + o.abs()).log2() / 3
     return torch.cartesian_prod(o, o)
@@ -206,8 +199,7 @@ class SwinV2(nn.Module):
 
     A stage narrower than the window gets one window of its own width, unshifted (Microsoft's rule;
     torchvision pads instead and attends to the padding). pretrained_size: of the images that the
-    weights were trained with, where it is another one, for the windows' offsets.
-    """
+    weights were trained with, where it is another one, for the windows' offsets."""
     def __init__(self, embed_dim, depths, num_heads, window_size, image_size, pretrained_size=None):
         super().__init__()
         self.dims, self.image_size = [embed_dim << i for i in range(len(depths))], image_size
@@ -231,13 +223,10 @@ class SwinV2(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     forward = stage_tokens
-
     def embed(self, images):
         return self.features[0](images).flatten(1, 2)                          # (B,(S/4)^2,d)
-
     def branches(self, block):
         return lambda x: block.norm1(block.attn(x)), lambda x: block.norm2(block.mlp(x))
-
     def names(self, state):
         # Microsoft's and timm's, which from 0.9 on has the merging at the start of the next stage.
         late = int("layers.0.downsample.norm.weight" in state)
@@ -261,23 +250,19 @@ class ViT(torchvision.models.VisionTransformer):
     """Vision Transformer (Dosovitskiy et al., ICLR 2021): one stage, class token first. Pre-norm:
     x <- x + attn(norm1(x)), then x <- x + mlp(norm2(x)). Patches of 16 x 16 pixels."""
     forward, norm = stage_tokens, property(lambda self: self.encoder.ln)
-
     def __init__(self, layers, heads, dim, image_size):
         if image_size % 16:
             raise InputError(f"image size {image_size} does not divide into patches of 16 pixels")
         super().__init__(image_size, 16, layers, heads, dim, 4 * dim)
         self.dims, self.heads = [dim], nn.Identity()
         self.stages = [(self.encoder.layers, nn.Identity())]
-
     def embed(self, images):
         x = self._process_input(images)                                        # (B,(S/16)^2,d)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)         # (B,1+(S/16)^2,d)
         return x + self.encoder.pos_embedding
-
     def branches(self, block):
         return (lambda x: block.self_attention(*3 * [block.ln_1(x)], need_weights=False)[0],
                 lambda x: block.mlp(block.ln_2(x)))
-
     def names(self, state):
         # timm's and VideoMAE's (its fc_norm comes after the mean there); linear_ is torchvision's.
         return ((r"^encoder\.(?=patch_embed|blocks|norm)", ""), ("^patch_embed.proj", "conv_proj"),
@@ -299,7 +284,6 @@ class VideoMAE(ViT):
         angle = place / 10000 ** (torch.arange(0, dim, 2) / dim)               # (N,d/2)
         positions = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)     # sin, cos, sin, ...
         self.register_buffer("positions", positions, persistent=False)
-
     def embed(self, images):
         clips = images.unflatten(0, (-1, 16)).transpose(1, 2)                  # (B,3,16,S,S)
         return to_tokens(self.conv_proj(clips)) + self.positions               # (B,8*(S/16)^2,d)
@@ -308,7 +292,6 @@ class ResNet(torchvision.models.ResNet):
     """Residual network (He et al., CVPR 2016). A block that changes the shape only merges; any
     other, relu(x + f(x)), is one branch: x <- x + (relu(x + f(x)) - x)."""
     forward, names = stage_tokens, lambda self, state: ()
-
     def __init__(self, depths, image_size):
         super().__init__(torchvision.models.resnet.Bottleneck, depths)
         self.dims, self.image_size = [256, 512, 1024, 2048], image_size
@@ -316,17 +299,14 @@ class ResNet(torchvision.models.ResNet):
         layers = self.layer1, self.layer2, self.layer3, self.layer4
         merges = [functools.partial(on_maps, layer[0]) for layer in layers[1:]]
         self.stages = [(layer[1:], merge) for layer, merge in zip(layers, [*merges, self.norm])]
-
     def embed(self, images):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))              # (B,64,S/4,S/4)
         return to_tokens(self.layer1[0](x))                                    # (B,(S/4)^2,256)
-
     def branches(self, block):
         return [lambda x: on_maps(block, x) - x]
 
 def on_maps(module, tokens):
     return to_tokens(module(to_maps(tokens)))
-
 def to_maps(tokens):  # (B,H*H,d) -> (B,d,H,H)
     side = math.isqrt(tokens.shape[1])
     return tokens.transpose(1, 2).unflatten(2, (side, side))
@@ -373,6 +353,16 @@ def load_pretrained(backbone, state_dict):
     check_keys(backbone.state_dict(), state, "the weights do not fit this backbone")
     backbone.load_state_dict(state)
 
+def load_file(path):
+    """torch.load for tensors alone: a file from a stranger cannot run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no weights at {path}; check the path") from None
+    except Exception as error:  # what torch raises for a file that is none is not documented
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
+
 def check_keys(wanted, found, what):
     """InputError that names every missing, extra or misshaped key; a count would name none."""
     wanted, found = ({k: tuple(t.shape) for k, t in d.items()} for d in (wanted, found))
@@ -387,8 +377,7 @@ class LavishAdapter(nn.Module):
 
     forward(x (B,N,dim), other (B,M,dim)) -> (B,N,dim), to be added to x. The cost is
     O(m (N + M) dim), where direct cross-attention takes O(N M dim).
-    latents=0 builds the one-stream adapter (bottleneck alone), called as forward(x).
-    """
+    latents=0 builds the one-stream adapter (bottleneck alone), called as forward(x)."""
     def __init__(self, dim, latents=2, reduction=8, groups=2):
         super().__init__()
         if dim % (reduction * groups):
@@ -407,7 +396,6 @@ class LavishAdapter(nn.Module):
         self.bn_up = nn.BatchNorm1d(dim)
         self.norm_out = nn.LayerNorm(dim)
         self.gate = nn.Parameter(torch.zeros(1))
-
     def forward(self, x, other=None):
         if other is not None:
             # compress, eq. 7: S = L + softmax(L y^T) y, y the other stream. One head, no
@@ -445,8 +433,7 @@ class Lavish(nn.Module):
     features, and the cross-modal part of the other one's adapters.
     drop_path: stochastic depth of the frozen branches in training, rising linearly over the blocks
     (released: timm's default of 0.1, stated nowhere in the paper).
-    checkpoint_activations: compute each block again in the backward pass instead of keeping it.
-    """
+    checkpoint_activations: compute each block again in the backward pass instead of keeping it."""
     def __init__(self, backbone, latents=2, reduction=8, groups=2, modality="av", drop_path=0.0,
                  checkpoint_activations=False):
         super().__init__()
@@ -464,12 +451,10 @@ class Lavish(nn.Module):
         if checkpoint_activations:  # every batch will pass a batch norm twice, and count once:
             for norm in (m for m in self.adapters.modules() if isinstance(m, nn.BatchNorm1d)):
                 norm.momentum = 1 - (1 - norm.momentum) ** 0.5  # two such steps are one as before
-
     def train(self, mode=True):
         super().train(mode)
         self.backbone.eval()  # frozen means its statistics too
         return self
-
     def forward(self, frames, spectrograms):
         images = {"visual": frames, "audio": spectrograms[:, None].expand(-1, 3, -1, -1)}
         per_block, run = iter(zip(self.adapters, self.drop_rates)), self.update
@@ -480,7 +465,6 @@ class Lavish(nn.Module):
                                lambda x, block: run(x, block, *next(per_block)))
         tokens = dict(zip(self.streams, zip(*(stage.chunk(len(self.streams)) for stage in stages))))
         return tokens.get("visual"), tokens.get("audio")
-
     def update(self, x, block, adapters, drop):
         """Y = X + MSA(X) + LAV(X), then Z = Y + MLP(Y) + LAV(Y), for both streams X."""
         for branch, lav in zip(self.backbone.branches(block), adapters):
@@ -491,7 +475,6 @@ class Lavish(nn.Module):
                 v, a = x.chunk(2)                                              # (B,N,d) each
                 x = x + frozen + torch.cat([lav["visual"](v, a), lav["audio"](a, v)])
         return x
-
     def pooled(self, frames, spectrograms):
         """(B,T,3,S,S), (B,T,S,S) -> (B,T,d or 2d): what stands for each image, a ViT's class token
         or the mean over the tokens, of both streams side by side."""
@@ -507,14 +490,12 @@ class AVE(nn.Module):
     """Audio-visual event localisation: which event is seen and heard in each second (Sec. 4.1).
 
     frames (B,T,3,S,S), spectrograms (B,T,S,S) -> logits (B,T,classes), the last class background
-    extra: width of more features (B,T,extra), as VGGish's 128 (Table 3 of the supplementary)
-    """
+    extra: width of more features (B,T,extra), as VGGish's 128 (Table 3 of the supplementary)"""
     def __init__(self, net, classes=29, hidden=512, extra=0):
         super().__init__()
         self.net, width = net, len(net.streams) * net.backbone.dims[-1] + extra
         # Two linear layers with nothing between them, as released.
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.Linear(hidden, classes))
-
     def forward(self, frames, spectrograms, *extra):
         pooled = self.net.pooled(frames, spectrograms)                         # (B,T,2d)
         return self.head(torch.cat([pooled, *extra], -1)).float()
@@ -538,7 +519,6 @@ class TPAVI(nn.Module):
         self.out, self.bn = nn.Linear(channels // 2, channels), nn.BatchNorm1d(channels)
         self.norm = nn.LayerNorm(channels)
         nn.init.zeros_(self.bn.weight)  # at the start the sound has no say: z = LN(x)
-
     def forward(self, x, audio):
         B, T, _ = audio.shape
         x = x.movedim(1, -1)                                               # (B*T,H,W,C)
@@ -554,7 +534,6 @@ class ResidualUnit(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-
     def forward(self, x):
         x = F.relu(x)
         return x + self.conv2(F.relu(self.conv1(x)))
@@ -563,8 +542,7 @@ class AVS(nn.Module):
     """Audio-visual segmentation: a mask of what sounds, by AVSBench's decoder (Sec. 4.1).
 
     frames (B,T,3,S,S), spectrograms (B,T,S,S) -> mask logits (B,T,mask_size,mask_size); T is 1
-    with first=True, all that the loss of S4 looks at. Without sound there is no TPAVI.
-    """
+    with first=True, all that the loss of S4 looks at. Without sound there is no TPAVI."""
     def __init__(self, net, mask_size=224, channels=256, widths=(64, 128, 320, 512),
                  mask_widths=(128, 32), audio_dim=128):
         super().__init__()
@@ -590,7 +568,6 @@ class AVS(nn.Module):
             nn.Conv2d(channels, mask_widths[0], 3, padding=1),
             nn.Upsample((mask_size, mask_size), mode="bilinear"),
             nn.Conv2d(*mask_widths, 3, padding=1), nn.ReLU(), nn.Conv2d(mask_widths[1], 1, 1))
-
     def forward(self, frames, spectrograms, first=False):
         B, T = frames.shape[:2]
         visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
@@ -601,7 +578,6 @@ class AVS(nn.Module):
         if audio:
             audio = self.audio(audio[-1].mean(1)).view(B, T, -1)               # (B,T,128)
         return self.decode(maps, audio, T if first else 1).view(B, -1, *self.mask[1].size).float()
-
     def decode(self, maps, audio=None, step=1):
         """maps [(B*T,w,size,size)], audio (B,T,128) -> logits of every step-th frame."""
         maps = [sum(conv(x) for conv in convs) for x, convs in zip(maps, self.dilated)]
@@ -613,6 +589,25 @@ class AVS(nn.Module):
                               mode="bilinear", align_corners=True)
         return self.mask(x)                                                    # (B*T,1,mask,mask)
 
+def mask_iou(logits, masks):
+    """Logits and 0/1 masks (N,H,W) -> IoU of each frame (N,), as AVSBench counts it: an empty
+    mask scores the share of pixels predicted empty."""
+    p, m = logits.flatten(1) > 0, masks.flatten(1) > 0                         # (N,H*W)
+    iou = (p & m).sum(1) / (p | m).sum(1).clamp(min=1)
+    return torch.where(m.any(1), iou, (~p).float().mean(1))
+
+def f_scores(logits, masks, beta2=0.3, thresholds=255):
+    """Logits, 0/1 masks (N,H,W) -> (1 + b) P R / (b P + R) of those with a mask, at thresholds."""
+    p, m = logits.sigmoid().flatten(1), masks.flatten(1)
+    p, m = p[m.any(1)], m[m.any(1)]                                            # (n,H*W)
+    # How many pixels, of all and of the mask, reach each threshold: a histogram from the top.
+    level = torch.bucketize(p, torch.linspace(0, 1, thresholds), right=True)
+    counts = torch.zeros(2, len(p), thresholds + 1).scatter_add_(
+        2, level.expand(2, -1, -1), torch.stack([m, torch.ones_like(m)]))
+    hits, found = counts.flip(2).cumsum(2).flip(2)[..., 1:]                    # (n,thresholds)
+    # With P = hits / found and R = hits / |mask|:
+    return (1 + beta2) * hits / (beta2 * m.sum(1, keepdim=True) + found)
+
 class TemporalGrounding(nn.Module):
     """When? The question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D)."""
     def __init__(self, hidden, heads=4, dropout=0.1):
@@ -620,7 +615,6 @@ class TemporalGrounding(nn.Module):
         self.attention = nn.MultiheadAttention(hidden, heads, dropout, batch_first=True)
         self.mlp = torchvision.ops.MLP(hidden, [hidden, hidden], dropout=dropout)
         self.norm = nn.LayerNorm(hidden)
-
     def forward(self, question, seconds):
         z = self.attention(question[:, None], seconds, seconds, need_weights=False)[0][:, 0]
         # LN(z + MLP(z)) + mean_t s_t: the mean keeps what every second says, asked for or not.
@@ -632,8 +626,7 @@ class AVQA(nn.Module):
     frames (B,T,3,S,S), spectrograms (B,T,S,S), question (B,W) word indices,
     foreign (B,T,3,S,S) frames of other videos, in training only
     -> answer logits (B,answers), match: logits (2*B*T,2), real frames first, class 1 "this frame
-    goes with this sound"; None without foreign frames or with one stream out.
-    """
+    goes with this sound"; None without foreign frames or with one stream out."""
     def __init__(self, net, words=93, answers=42, hidden=512):
         super().__init__()
         self.net, dim, joint = net, net.backbone.dims[-1], len(net.streams) * hidden
@@ -649,14 +642,12 @@ class AVQA(nn.Module):
         if len(net.streams) == 2:
             self.match = torchvision.ops.MLP(joint, [hidden, hidden // 2, hidden // 4, 2])
         self.fusion, self.answer = nn.Linear(joint, hidden), nn.Linear(hidden, answers)
-
     def forward(self, frames, spectrograms, question, foreign=None):
         visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
         if foreign is not None and len(self.net.streams) == 2:
             with torch.no_grad():  # as released: through the frozen backbone, without adapters
                 foreign = self.net.backbone(foreign.flatten(0, 1))[-1]         # (B*T,N,d)
         return self.reason(visual and visual[-1], audio and audio[-1], question, foreign)
-
     def reason(self, visual, audio, question, foreign=None):
         """Last-stage tokens (B*T,N,d) of the streams and of foreign frames -> as forward."""
         B, heard, found, match = len(question), None, [], None  # heard, seen: one vector a second
@@ -674,7 +665,6 @@ class AVQA(nn.Module):
             frames = torch.cat([seen, self.ground(foreign, heard)])            # (2*B*T,D)
             match = self.match(torch.cat([heard.repeat(2, 1), frames], -1)).float()
         return self.answer((question * fused).tanh()).float(), match
-
     def ground(self, visual, heard):
         """Where? sum_n softmax_n(cos(a, v_n)) v_n / |v_n|, beside the plain mean -> (B*T,D)."""
         tokens = self.visual_in(visual)                                        # (B*T,N,D)
@@ -692,7 +682,6 @@ class UCF101(nn.Module):
     def __init__(self, net, classes=101):
         super().__init__()
         self.net, self.head = net, nn.Linear(len(net.streams) * net.backbone.dims[-1], classes)
-
     def forward(self, frames, spectrograms):
         stills = spectrograms.repeat_interleave(2, 1)                          # (B,16,S,S)
         # VideoMAE has one vector for a clip; a backbone of images 16, to be averaged.
@@ -704,6 +693,12 @@ def freeze_all_but_adapters(model):
     model.requires_grad_(False)
     for adapter in (m for m in model.modules() if isinstance(m, LavishAdapter)):
         adapter.requires_grad_(True)
+
+def keep_matrices_in_bf16(backbone):
+    """Of a frozen backbone under autocast, which would cast its weights anew in every pass."""
+    for name, parameter in backbone.named_parameters():
+        if parameter.dim() > 1 and not re.search("cpb_mlp|logit_scale", name):
+            parameter.data = parameter.data.bfloat16()
 
 def trained_state_dict(model):
     """What training changed, and no more: 40 MB beside a Swin-V2-L of 900. A module that owns a
@@ -723,6 +718,11 @@ def trainable(model):
 def count_parameters(model):
     """(trainable, total)."""
     return sum(p.numel() for p in trainable(model)), sum(p.numel() for p in model.parameters())
+
+# Test scores of the paper, for train.py report: Table 1; of the supplementary Tables 2 and 3.
+PUBLISHED = {("ave", "v"): 0.753, ("ave", "av"): 0.811, ("ave", "av", "VGGish"): 0.824,
+             ("avs", "v"): 0.721, ("avs", "av"): 0.801, ("avqa", "v"): 0.632, ("avqa", "av"): 0.771,
+             ("ucf101", "av"): 0.926}
 
 def main():
     """Print the paper's configurations: parameters here beside the paper's, in millions."""
