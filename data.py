@@ -206,7 +206,7 @@ def read_features(path, count):
             raise ValueError("not AVE's own .h5")
         found = np.frombuffer(whole, "<f8", offset=2144) if h5 else np.load(io.BytesIO(whole))
         return torch.from_numpy(found.astype(np.float32).reshape(count, 10, 128))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} does not hold features ({count}, 10, 128): {error}; give an .npy "
                          "of that shape, in the order of Annotations.txt") from None
 

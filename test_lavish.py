@@ -4,11 +4,9 @@ code under test: torchvision, timm (skipped aloud if absent), a naive loop, a co
 import collections, inspect, json, os, re, shutil, subprocess, sys, time, wave
 from pathlib import Path
 from unittest.mock import Mock, patch
-
 import numpy as np, pytest
 import torch, torch.nn as nn, torch.nn.functional as F, torchvision
 from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
-
 import data, lavish, train
 from lavish import InputError, Lavish, LavishAdapter, WindowAttention, fbank, make_backbone
 
@@ -202,32 +200,26 @@ def test_other_backbones_equal_their_publishers(publisher):
     assert (found - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max())
 def test_videomae_loads_by_its_names_and_embeds_tubelets_at_sine_places():
     mae, clip = randomise(lavish.VideoMAE(1, 2, 32, 32)).eval(), images(16)[0]
-    names = ("conv_proj patch_embed.proj encoder.ln norm encoder.layers.encoder_layer_ blocks. "
-             "ln_ norm self_attention.in_proj_ attn.qkv. self_attention.out_proj attn.proj "
-             "mlp.0 mlp.fc1 mlp.3 mlp.fc2").split()
     mae.encoder.layers[0].self_attention.in_proj_bias.data[32:64] = 0  # keys have no bias there
-    state = {"mask_token": torch.zeros(1), "decoder.norm.bias": torch.zeros(1)}
-    for key, tensor in mae.state_dict().items():
-        for ours, theirs in zip(names[::2], names[1::2]):
-            key = key.replace(ours, theirs)
-        state["encoder." + key] = tensor
-    q, _, v = state.pop("encoder.blocks.0.attn.qkv.bias").chunk(3)
-    state.update({"encoder.blocks.0.attn.q_bias": q, "encoder.blocks.0.attn.v_bias": v})
+    names = lambda key: "encoder." * key.startswith("conv") + key.replace(
+        "conv_proj", "patch_embed.proj").replace("layers.encoder_layer_", "blocks.").replace(
+        "self_attention.in_proj_", "attn.qkv.")
+    state = {names(key): t for key, t in mae.state_dict().items()} | {"decoder.a": torch.zeros(1)}
+    for bias, rows in zip("q_v", state.pop((at := "encoder.blocks.0.attn.") + "qkv.bias").chunk(3)):
+        state |= {f"{at}{bias}_bias": rows} if bias != "_" else {}
     lavish.load_pretrained(loaded := lavish.VideoMAE(1, 2, 32, 32).eval(), {"model": state})
     assert torch.equal(loaded(clip)[-1], mae(clip)[-1])
-    weight, bias = mae.conv_proj.weight, mae.conv_proj.bias
     for n, (t, i, j) in enumerate(np.ndindex(8, 2, 2)):
         cube = clip[2 * t:2 * t + 2, :, 16 * i:16 * i + 16, 16 * j:16 * j + 16].transpose(0, 1)
         place = [f(n / 10000 ** (2 * k / 32)) for k in range(16) for f in (np.sin, np.cos)]
-        wanted = (weight * cube).sum((1, 2, 3, 4)) + bias + torch.tensor(place)
-        assert torch.allclose(mae.embed(clip)[0, n], wanted.float(), atol=1e-4)
+        wanted = torch.tensor(place).float() + mae.conv_proj(cube[None]).flatten()
+        assert torch.allclose(mae.embed(clip)[0, n], wanted, atol=1e-4)
 @pytest.mark.parametrize("backbone", [lavish.ViT(2, 2, 32, 32), lavish.VideoMAE(2, 2, 32, 32),
                                       lavish.ResNet((2, 3, 2, 2), 32)])
 def test_adapters_sit_beside_every_branch_and_closed_gates_leave_any_backbone_alone(backbone):
     net, (frames, spectrograms) = Lavish(backbone, 3, 4), images(1, 16)
     pooled = net.train().pooled(frames, spectrograms)
-    wanted = backbone(frames[0])[-1]
-    wanted = wanted[:, 0] if type(backbone) is lavish.ViT else wanted.mean(1)
+    wanted = backbone(frames[0])[-1][:, :1 if type(backbone) is lavish.ViT else None].mean(1)
     assert (pooled[0, :, :wanted.shape[1]] - wanted).abs().max() < 1e-5 * (1 + wanted.abs().max())
     assert len(net.adapters) == sum(len(blocks) for blocks, _ in backbone.stages)
     assert lavish.UCF101(net, 5)(frames, spectrograms[:, :8]).shape == (1, 5)
@@ -467,12 +459,10 @@ def test_nano_is_pretrained_once_and_toy_clips_need_both_senses(toy):
     nano, dataset = toy / "nano.pt", data.AVE(str(toy / "ave"), "train", 48)
     written = nano.stat().st_mtime
     assert train.pretrain_nano(str(nano), "cpu") == str(nano) and nano.stat().st_mtime == written
-    assert lavish.load_file(nano)["norm.weight"].shape == (128,)
     assert len(dataset) == 6 and not any(data.survey(dataset, read=True).values())
     assert abs(dataset[0][1].mean()) < 1 and 0.2 < dataset[0][1].std() < 1  # the spectrograms
     events = torch.stack([dataset.labels(i) for i in range(6)]) < len(dataset.classes)
     assert 0.3 <= events.float().mean() <= 0.7
-# ---------------------------------------------------------------- UCF101, more features for AVE
 def test_ucf101_labels_are_folders_and_a_missing_sound_is_silence(monkeypatch):
     monkeypatch.setitem(data.TOY_CLIPS, "ucf101", {"train": 4, "val": 2, "test": 2})
     data.make_toy("ucf101", "ucf")
@@ -484,38 +474,31 @@ def test_ucf101_labels_are_folders_and_a_missing_sound_is_silence(monkeypatch):
     write_pcm(Path(dataset.wav(0)), np.arange(64000)[:, None] / 64000)
     frames, spectrograms, label, audible = dataset[0]
     assert frames.shape == (16, 3, 48, 48) and spectrograms.shape == (8, 48, 48)
-    sound = data.read_wav(dataset.wav(0))
-    assert torch.equal(dataset.sound(0)[2], sound[12000:28000]) and label == 0 and audible
-    _, spectrograms, label, audible = dataset[2]
-    assert (spectrograms == fbank(torch.zeros(16000), 48, *dataset.stats)).all()
-    assert label == 2 and not audible
+    sound = data.read_wav(dataset.wav(0))[12000:28000]
+    assert torch.equal(dataset.sound(0)[2], sound) and label == 0 and audible > dataset[2][3]
+    assert (dataset[2][1] == fbank(torch.zeros(16000), 48, *dataset.stats)).all()
     assert [clip[0][-8:-4] for clip in data.UCF101("ucf", "val", 48).clips] == ["_g24"] * 18
     train.main(["ucf101", "--data=ucf", "--epochs=2", "--out=a run", "--device=cpu"])
-    assert 0 <= result("a run")["test"] <= 1 and "accuracy" == result("a run")["metric"]
+    assert 0 <= result("a run")["test"] <= 1 and result("a run")["gflop"] > 0
     Path("ucf/testlist01.txt").write_text("Bell v_Bell_g01_c01.avi")
     refuses("testlist01.txt, line 1: 'Bell v_Bell", data.UCF101, "ucf", "test", 48)
-def test_more_features_for_ave_come_from_npy_or_the_data_sets_own_h5_and_runs_are_reported(
-        toy, capsys):
+def test_more_features_for_ave_come_from_npy_or_its_own_h5_and_runs_are_reported(toy, capsys):
     features = np.random.default_rng(0).standard_normal((12, 10, 128))
     np.save("vggish.npy", features.astype(np.float32))
     Path("audio_feature.h5").write_bytes(b"\x89HDF" + bytes(2140) + features.tobytes())
-    rows = (toy / "ave/Annotations.txt").read_text().split("\n")[1:]
-    for path in ("vggish.npy", "audio_feature.h5"):
-        dataset = data.AVE(str(toy / "ave"), "val", 48, path)
-        row = rows.index(Path(toy, "ave/valSet.txt").read_text().split("\n")[1])
-        assert torch.equal(dataset[1][3], torch.tensor(features[row], dtype=torch.float32))
+    for path in ("vggish.npy", "audio_feature.h5"):  # val follows the six of train
+        found = data.AVE(str(toy / "ave"), "val", 48, path)[1][3]
+        assert torch.equal(found, torch.tensor(features[7], dtype=torch.float32))
     for out, more in dict(a="--seed=0", b="--seed=1", c="--extra-audio=vggish.npy").items():
         train.main(["ave", f"--data={toy}/ave", "--epochs=1", "--device=cpu", "--out", out, more])
     width = [result(run)["trainable_parameters"] for run in "abc"]
     assert width[0] == width[1] == width[2] - 128 * 512  # of the first linear layer
-    capsys.readouterr()
     train.main(["report", "a", "b", "c"])
-    mean, scores = np.mean([result(run)["test"] for run in "ab"]), capsys.readouterr().out
-    assert re.search(rf"ave +av +None +{mean:.3f} .* 2 .* 0.811\n", scores)
-    assert re.search(rf"ave +av +vggish.npy +{result('c')['test']:.3f} +- +1 .* 0.824\n", scores)
+    mean, table = np.mean([result(run)["test"] for run in "ab"]), capsys.readouterr().out
+    assert re.search(rf"ave +av +None +{mean:.3f} .* 2 .* 0.811\n", table)
+    assert re.search(rf"ave +av +vggish.npy +{result('c')['test']:.3f} +- +1 .* 0.824\n", table)
     Path("audio_feature.h5").write_bytes(bytes(2144) + features.tobytes())
-    said = one_line_error(capsys, "ave", f"--data={toy}/ave", "--extra-audio=audio_feature.h5")
-    assert "audio_feature.h5 does not hold features (12, 10, 128)" in said
+    refuses("not AVE's own .h5", data.AVE, str(toy / "ave"), "val", 48, "audio_feature.h5")
 def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy, roots):
     parse = lambda *more: train.parse(["ave", "--data", str(toy / "ave"), *more])
     source, plain = inspect.getsource(train), vars(parse())
@@ -538,17 +521,16 @@ def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy,
     ("ave", "*/*/x_1/*", Path.unlink, "1 of 2 clips .*x_1/0001.jpg; made .* data.py extract"),
     ("ave", "**/x_1.wav", Path.unlink, "1 of 2 clips lack .* first .*x_1.wav"),
     ("ave", "**/x_1.wav", holds(b""), "x_1.wav is not a PCM wav .*ends too early.*convert"),
-    ("ave", "**/x_1.wav", holds(b"RIFFnonsense"), "x_1.wav is not a PCM wav"),
     ("ave", "**/00000000.jpg", holds(b"\0\1"), "00000000.jpg is not a readable image"),
     ("ave --workers 1", "**/00000000.jpg", holds(b"\0\1"), "00000000.jpg is not a readable image"),
     ("ave", "**/x_1/*00.jpg", lambda p: p.rename(p.parent / "f.jpg"), "frames .* not numbered"),
     ("ave", "*/train*", holds(b"Whale&x_1&good&0&10"), "trainSet.txt, line 1: 'Whale.*category"),
-    ("ave", "*/train*", holds(b"Church bell,x_1"), "trainSet.txt, line 1"),
     ("ave --backbone huge", "", None, "unknown backbone 'huge'.*nano, tiny"),
     ("ave --backbone tiny --image-size 192", "", None, "192.*windows of 8.*64, 128, 256"),
     ("ave --image-size 50", "", None, "image size 50 does not divide"),
     ("ave --reduction 7", "", None, "--reduction and --groups do not fit nano: dim 32"),
     ("ave --weights missing.pth", "", None, "no weights at missing.pth"),
+    ("ave --extra-audio w.pth", "", None, r"w.pth does not hold features \(3, 10, 128\): "),
     ("ave --weights w.pth", "w.pth", holds(b"\0\1\2"), "w.pth is not a checkpoint"),
     ("ave --weights w.pth", "", None, r"not fit this backbone: .*0.0.weight is \(16.*not \(32"),
     ("ave --backbone large --image-size 192 --weights imagenet", "", None,

@@ -8,8 +8,7 @@
 
 Toy data get the toy recipe below and real data the supplementary's; an option
 overrides its entry. A run leaves in --out adapters.pt (what was trained, at the
-best epoch on val), log.jsonl (an object per epoch) and result.json; and until it
-is done state.pt, for --resume."""
+best epoch on val), log.jsonl, result.json and, until done, state.pt for --resume."""
 import argparse, collections, ctypes, json, multiprocessing, os, platform, shlex, sys, tempfile
 import textwrap, time
 
@@ -609,6 +608,7 @@ class Run:
         if process()[0]:
             return
         seconds, out = time.time() - self.start, shlex.quote(args.out)
+        verb = f"predict {out} VIDEO" if args.task in PREDICT else f"report {out}"
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, torchaudio, np)}
         result = {"task": args.task, "modality": args.modality, "metric": metric, "test": test,
                   "seconds": seconds, "seed": args.seed, "trainable_parameters": counts[0],
@@ -619,7 +619,7 @@ class Run:
         print("\ntest", *(f"{text:45} {score:.4f}" for text, score in table.items()), sep="\n")
         print(f"{'trainable of all parameters':45} {counts[0]:,} of {counts[1]:,}\n"
               f"{'time':45} {seconds:.0f} s\n\n{out} holds adapters.pt, log.jsonl, result.json\n"
-              f"Next, on a video of yours: python train.py predict {out} VIDEO")
+              f"Next: python train.py {verb}")
 
 def load_checkpoint(args, model):
     trained = lavish.load_file(path := os.path.join(args.out, "adapters.pt"))["trained"]
@@ -629,7 +629,7 @@ SCORE = {"ave": score_ave, "avs": score_avs, "avqa": score_avqa, "ucf101": score
 PREDICT = {"ave": predict_ave, "avs": predict_avs, "avqa": predict_avqa}
 
 def command_line():
-    """The parser of all commands: TASK, bench, eval, predict."""
+    """The parser of all commands: TASK, bench, eval, predict, report."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", required=True)
