@@ -310,7 +310,6 @@ def on_maps(module, tokens):
 def to_maps(tokens):  # (B,H*H,d) -> (B,d,H,H)
     side = math.isqrt(tokens.shape[1])
     return tokens.transpose(1, 2).unflatten(2, (side, side))
-
 def to_tokens(maps):  # (B,d,...) -> (B,N,d)
     return maps.flatten(2).transpose(1, 2)
 
