@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Data: sound and frames from disk, the data sets' layouts, and toy data in the same layouts.
 
-    python data.py extract VIDEOS DIR   frames and sounds of a folder of videos, by ffmpeg
-    python data.py check TASK DIR       read every clip, and say what is missing or damaged
-    python data.py stats TASK DIR       mean and std of a data set's spectrograms, kept in DIR
-    python data.py toy TASK DIR         write the toy data set (train.py does so by itself)
+    python data.py extract VIDEOS DIR [--jobs N]    frames and sounds of a folder of videos
+    python data.py check TASK DIR [--size S]        read every clip: what is missing or damaged
+    python data.py stats TASK DIR [--size S]        mean and std of its spectrograms, kept in DIR
+    python data.py toy TASK DIR [--seed N]          write the toy data set (train.py does, too)
 
-TASK is ave, avs, avqa or ucf101. Read in this order: read_wav and read_frame, the data sets, the
-toy world (its instruments' looks and sounds), the toy data sets made from it, the commands."""
+TASK is ave, avs, avqa or ucf101; S the side of the images, 192. Read in this order: read_wav and
+read_frame, the data sets, the toy world (its instruments' looks and sounds), the toys made of it,
+the commands."""
 import argparse, collections, csv, io, json, multiprocessing.pool, os, shutil, subprocess, sys, wave
 from os.path import basename, dirname, exists, isdir, join, splitext
 from pathlib import Path
@@ -15,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch, torchaudio, torchvision
 from tqdm import tqdm
-
-from lavish import AVE_MEAN, AVE_STD, SAMPLE_RATE, InputError, fbank
+from lavish import AVE_MEAN, AVE_STD, SAMPLE_RATE, InputError, fbank, require
 
 EXTRACT = "made from a folder of videos by: python data.py extract VIDEOS DIR"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,9 +48,8 @@ def read_wav(path):
         width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
         raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
     raw = raw[:len(raw) // (width * channels) * width * channels].reshape(-1, width)
-    # Little-endian: the high bytes last. 8 bit alone is stored unsigned.
-    samples = np.pad(raw ^ 128 if width == 1 else raw, ((0, 0), (4 - width, 0)))
-    samples = samples.view("<i4").reshape(-1, channels).mean(1, dtype=np.float64) / 2 ** 31
+    samples = np.pad(raw ^ 128 if width == 1 else raw, ((0, 0), (4 - width, 0)))  # 8 bit: unsigned
+    samples = samples.view("<i4").reshape(-1, channels).mean(1, dtype=np.float64) / 2 ** 31  # (N,)
     sound = torch.from_numpy(samples.astype(np.float32))
     if rate != SAMPLE_RATE and len(sound):
         sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
@@ -61,8 +60,8 @@ def read_image(path):
     try:
         return torchvision.io.decode_image(path, mode="RGB")
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{path} is not a readable image ({str(error).splitlines()[0]}); extract "
-                         "it again") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is not a readable image ({reason}); extract it again") from None
 
 def read_frame(path, size):
     """(3, size, size) float32, ImageNet-normalised; the aspect is not kept, as released."""
@@ -93,9 +92,19 @@ def video_files(root, video):
 def read_lines(path):
     """The stripped, non-empty lines of a text file."""
     text = Path(path).read_text(encoding="utf-8") if exists(path) else ""
-    if lines := [line.strip() for line in text.split("\n") if line.strip()]:
-        return lines
-    raise InputError(f"no {path}, or nothing in it; the README says what a data folder holds")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    require(lines, f"no {path}, or nothing in it; the README says what a data folder holds")
+    return lines
+
+def load_file(path):
+    """torch.load for tensors alone: a file from a stranger cannot run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no weights at {path}; check the path") from None
+    except Exception as error:  # what torch raises for a file that is none is not documented
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
 
 def known_stats(root):  # {"192": [mean, std], ...}, by the size of the spectrogram image
     path = join(root, "fbank.json")
@@ -112,9 +121,9 @@ def survey(dataset, read=False):
     found = {kind: [] for kind in ("missing", "corrupt", "silent", "short", "odd rate")}
     for i in bar(one_per_sound(dataset), f"check {dataset.split}"):
         images, wav = dataset.files(i)
-        if lost := [path for path in (*images, wav) if not exists(path)]:
-            mute = lost == [wav] and dataset.task == "ucf101"  # as half of its classes are
-            found["silent" if mute else "missing"].append(lost[0])
+        lost = [path for path in (*images, wav) if path and not exists(path)]
+        if lost or wav is None:
+            found["missing" if lost else "silent"].append([*lost, f"all of {images[0]}"][0])
             continue
         try:
             with open_wav(wav) as file:
@@ -136,21 +145,20 @@ def one_per_sound(dataset):
     return list({dataset.wav(i): i for i in reversed(range(len(dataset)))}.values())[::-1]
 
 class Clips(torch.utils.data.Dataset):
-    """What the three data sets share; files(i) are the pictures and the sound of an item."""
+    """What the data sets share. files(i): the pictures of an item and its sound, None if it need
+    not have one; wav(i): where its sound is or would be, without a look at the pictures."""
     kept = None  # all items, with --cache
     def __init__(self, root, split, size):
         self.root, self.split, self.size = root, split, size
-        if not isdir(root):
-            raise InputError(f"no data folder {root}; make one: data.py toy {self.task} {root}")
-        # Mean and std of the spectrograms: what `data.py stats` left here, or AVE's.
-        self.stats = known_stats(root).get(str(size), [AVE_MEAN, AVE_STD])
+        require(isdir(root), f"no data folder {root}; make one: data.py toy {self.task} {root}")
+        self.stats = known_stats(root).get(str(size), [AVE_MEAN, AVE_STD])  # of the spectrograms
     def __len__(self):
         return len(self.clips)
     def __getitem__(self, i):
         return self.kept[i] if self.kept else self.read(i)
     def files(self, i):
         return video_files(self.root, self.clips[i][0])
-    def wav(self, i):  # files(i)[1], without a look at the pictures
+    def wav(self, i):
         return video_paths(self.root, self.clips[i][0])[1]
     def sound(self, i):
         return seconds_of(read_wav(self.wav(i)), self.seconds)                 # (T,16000)
@@ -191,8 +199,7 @@ class AVE(Clips):
         return torch.where((start <= t) & (t < end), category, len(self.classes))
     def read(self, i):
         paths, _ = self.files(i)
-        # The frame in the middle of each second. Released: linspace from the first to the last,
-        # which at 3 frames a second comes to the same seconds.
+        # The middle frame of each second; released: linspace, at 3 a second in the same seconds.
         at = [paths[(2 * t + 1) * len(paths) // 20] for t in range(self.seconds)]
         extra = [self.extra[self.clips[i][-1]]] if self.extra else []          # (10,128)
         return *read_clip(at, self.sound(i), self.size, self.stats), self.labels(i), *extra
@@ -229,11 +236,9 @@ class AVSBench(Clips):
         names = ("name", "category", "split")
         known = set(names) <= set(rows[0])  # else by their places; a header is of no split
         name, category, its_split = map(rows[0].index, names) if known else (0, 2, 3)
-        if min(map(len, rows)) <= max(name, category, its_split):
-            raise InputError(f"{path} has rows without name, category and split")
+        require(min(map(len, rows)) > max(name, category, its_split), f"{path} has rows too short")
         self.clips = [(row[name], row[category]) for row in rows if row[its_split] == split]
-        if not self.clips:
-            raise InputError(f"{path} lists no {split} clips; its fourth column should say split")
+        require(self.clips, f"{path} lists no {split} clips; its fourth column should say split")
         self.mask_size = read_image(self.files(0)[0][-1]).shape[-1]
     def files(self, i):
         return s4_files(self.root, self.split, *self.clips[i])
@@ -247,9 +252,9 @@ class AVSBench(Clips):
         """Stored as {0, 1}, {0, 255} or grey (above half counts), in one channel or more. The
         released loader's convert("1") turns a {0, 1} file all black and dithers a grey one."""
         mask = read_image(path).amax(0)
-        if mask.shape != (self.mask_size, self.mask_size):
-            raise InputError(f"{path} is {mask.shape[1]} x {mask.shape[0]}, not {self.mask_size} x "
-                             f"{self.mask_size} as the first mask; make the masks of one size")
+        height, width = mask.shape
+        require(height == width == self.mask_size, f"{path} is {width} x {height}, not "
+                f"{self.mask_size} x {self.mask_size} as the first mask; make all of one size")
         return (mask > (0 if mask.max() == 1 else 127)).float()
 
 def s4_files(root, split, name, category):
@@ -281,12 +286,11 @@ class MusicAVQA(Clips):
         for q in self.questions:
             asker = f"question {q['id']} of {split}: "
             q["indices"] = encode(q["words"], self.vocabulary, asker)
-            if q["answer"] not in self.vocabulary["answers"]:
-                raise InputError(f"{asker}{q['answer']!r} is in no training answer")
+            require(q["answer"] in self.vocabulary["answers"],
+                    f"{asker}{q['answer']!r} is in no training answer")
         self.clips = [(q["video"],) for q in self.questions]
         self.videos = list(dict.fromkeys(q["video"] for q in self.questions))
-        if split == "train" and len(self.videos) < 2:
-            raise InputError(f"{root}: foreign frames need a second video in avqa-train.json")
+        require(split != "train" or len(self.videos) > 1, f"{root} needs two videos to train")
     def sound(self, i):
         sound = read_wav(self.wav(i))
         seconds = max(1, -(-len(sound) // SAMPLE_RATE))
@@ -331,9 +335,8 @@ def encode(words, vocabulary, asker=""):
     training question has."""
     known, length = vocabulary["words"], vocabulary["length"]
     unknown = [word for word in words if word not in known]
-    if unknown or len(words) > length:
-        raise InputError(f"{asker}{(unknown or words)[-1]!r} is in no training question, or the "
-                         f"question has over {length} words; known: {' '.join(known[1:])}")
+    require(not unknown and len(words) <= length, f"{asker}{(unknown or words)[-1]!r} is in no "
+            f"training question, or this has over {length} words; known: {' '.join(known[1:])}")
     return torch.tensor([known.index(word) for word in words] + [0] * (length - len(words)))
 
 def make_vocabulary(questions):
@@ -367,6 +370,9 @@ class UCF101(Clips):
                                  "with a class of classInd.txt") from None
             if split == "test" or late == (split == "val"):
                 self.clips.append((splitext(file)[0], label))
+    def files(self, i):
+        paths, wav = super().files(i)
+        return paths, wav if exists(wav) else None  # half of the classes have none
     def sound(self, i):
         sound = read_wav(self.wav(i)) if exists(self.wav(i)) else torch.zeros(0)
         padded = torch.nn.functional.pad(sound, [SAMPLE_RATE // 2] * 2)
@@ -376,9 +382,9 @@ class UCF101(Clips):
         paths, wav = self.files(i)
         at = [paths[(2 * k + 1) * len(paths) // 32] for k in range(16)]
         clip = read_clip(at, self.sound(i), self.size, self.stats)
-        return *clip, torch.tensor(self.clips[i][1]), torch.tensor(exists(wav))
+        return *clip, torch.tensor(self.clips[i][1]), torch.tensor(wav is not None)
 
-# ---------------------------------------------------------------- the toy world
+# ---------------------------------------------------------------- the toy world: looks and timbres
 COLOURS = {"red": (230, 60, 50), "green": (60, 190, 80), "blue": (70, 100, 235),
            "yellow": (235, 205, 60), "magenta": (215, 80, 205), "cyan": (70, 205, 215)}
 SHAPES = (  # signed distances from an outline about 1 in radius: inside is negative
@@ -389,7 +395,6 @@ SHAPES = (  # signed distances from an outline about 1 in radius: inside is nega
     lambda x, y: np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 1),
                             np.maximum(abs(y) - 0.3, abs(x) - 1)),                  # cross
     lambda x, y: abs(x) + abs(y) - 1.05)                                            # diamond
-# Six instruments, each with a look and a timbre (see play).
 INSTRUMENTS = dict(zip(("bell", "flute", "drum", "horn", "bird", "rattle"), zip(SHAPES, COLOURS)))
 
 def play(name, seconds, rng):
@@ -431,9 +436,8 @@ def place(look, rng, smallest=0.14, largest=0.24):
     return [shape, COLOURS[colour], *rng.uniform(radius, 1 - radius, 2), radius]
 
 def toy_images(count, size, rng):
-    """Images without sound, to pretrain the toy backbone on in ImageNet's place.
-    One of 36 kinds of things (a shape in a colour) or 24 of texture (stripes of 8 directions and 3
-    widths), for spectrograms are texture. -> (count,3,size,size) uint8, labels (count,) in 0..59"""
+    """In ImageNet's place, without sound: 36 kinds of things (a shape in a colour), 24 of texture
+    (stripes, as in spectrograms) -> (count,3,size,size) uint8, labels (count,) in 0..59"""
     images, labels, grid = [], rng.integers(0, 60, count), np.arange(size)
     looks = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     for label in labels:
@@ -487,10 +491,10 @@ def save_atomic(tensors, path):
 
 def make_toy(task, root, seed=0):
     """Write the toy data set of a task, complete or not at all."""
-    if exists(root):
-        raise InputError(f"{root} is there already; remove it or choose another folder")
+    require(not exists(root), f"{root} is there already; remove it or choose another folder")
     shutil.rmtree(partial := root.rstrip("/") + ".partial", ignore_errors=True)
-    globals()[f"toy_{task}"](partial, np.random.default_rng(seed))
+    toys = {"ave": toy_ave, "avs": toy_avs, "avqa": toy_avqa, "ucf101": toy_ucf101}
+    toys[task](partial, np.random.default_rng(seed))
     stats(task, partial, TOY_SIZE)
     write_lines([json.dumps({"task": task, "seed": seed})], join(partial, "toy.json"))
     os.replace(partial, root)
@@ -561,7 +565,6 @@ def toy_avs(root, rng):
     for split, _, name in toy_clips("avs"):
         seen = rng.permutation(list(INSTRUMENTS))[:rng.integers(2, 4)]
         sounding = rng.integers(len(seen))
-        # Of each moment an image, and the masks of all that are seen.
         images, masks = zip(*(draw(scene, TOY_SIZE, rng) for scene in moving(seen, rng)))
         sound = rng.uniform(0.05, 0.2) * play(seen[sounding], 5, rng)
         paths, wav = s4_files(root, split, name, seen[sounding])
@@ -637,10 +640,9 @@ def extract_video(path, out):
     frames, wav = video_paths(out, video)
     if exists(wav):  # it comes last: where it is, all is
         return video
-    if not shutil.which("ffmpeg"):
-        raise InputError("no ffmpeg found; install it: apt, brew or conda install ffmpeg")
-    if isdir(frames) and not exists(join(frames, "sound.wav")):
-        raise InputError(f"{frames} is there without {wav}, and not from here; move it away")
+    require(shutil.which("ffmpeg"), "no ffmpeg; install it: apt, brew or conda install ffmpeg")
+    require(not isdir(frames) or exists(join(frames, "sound.wav")),
+            f"{frames} is there without {wav}, and not from here; move it away")
     for folder in (partial := frames + ".partial", frames):  # of a run that was stopped half-way
         shutil.rmtree(folder, ignore_errors=True)
     for folder in (partial, dirname(wav)):
@@ -663,8 +665,7 @@ def extract_video(path, out):
     return video
 
 def extract(videos, out, jobs):
-    """All videos of a folder, `jobs` at a time, but for those that are done. Returns 1 if any
-    failed, 0 otherwise."""
+    """All videos of a folder not done yet, `jobs` at a time. Returns 1 if any failed, else 0."""
     names = sorted(name for name in os.listdir(videos) if not name.startswith("."))
     namesakes = collections.Counter(splitext(name)[0] for name in names)
 
@@ -683,8 +684,8 @@ def extract(videos, out, jobs):
     return int(bool(faults))
 
 def check(task, root, size):
-    """Reads every clip; prints what there is, and what is wrong; returns 1 if training would fail,
-    0 otherwise. Silent, short and resampled sounds do no harm but to the score."""
+    """Reads every clip and prints what there is and what is wrong; returns 1 if training would
+    fail, else 0. Silent, short and resampled sounds do no harm but to the score."""
     fails = 0
     for split in ("train", "val", "test"):
         try:
@@ -709,7 +710,7 @@ def stats(task, root, size):
     the second's real rows alone (padding is no sound)."""
     dataset = DATASETS[task](root, "train", size)
     raw = (fbank(second, size, 0.0, 0.5) for i in bar(one_per_sound(dataset), "stats")
-           if exists(dataset.wav(i)) or task != "ucf101" for second in dataset.sound(i))
+           if dataset.files(i)[1] for second in dataset.sound(i))
     real = (image[image.abs().sum(1) > 0] for image in raw)
     found = [(rows.mean().item(), rows.std().item()) for rows in real]
     known = {**known_stats(root), str(size): [float(np.mean(column)) for column in zip(*found)]}
@@ -719,18 +720,17 @@ def stats(task, root, size):
 DATASETS = {"ave": AVE, "avs": AVSBench, "avqa": MusicAVQA, "ucf101": UCF101}
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    text = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**text)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = {name: commands.add_parser(name) for name in ("extract", "check", "stats", "toy")}
-    for name in ("check", "stats", "toy"):
+    command = {name: commands.add_parser(name, **text)
+               for name in ("extract", "check", "stats", "toy")}
+    for name, option in {"check": "--size", "stats": "--size", "toy": "--seed"}.items():
         command[name].add_argument("task", choices=DATASETS)
-        command[name].add_argument("root", help="the data set's folder")
-    for name in ("check", "stats"):
-        command[name].add_argument("--size", type=int, default=192, help="side of the images")
-    command["toy"].add_argument("--seed", type=int, default=0)
-    command["extract"].add_argument("videos", help="a folder of anything that ffmpeg reads")
-    command["extract"].add_argument("out", help="gets video_frames/ID/NNNN.jpg, raw_audio/ID.wav")
+        command[name].add_argument("root")
+        command[name].add_argument(option, type=int, default={"--size": 192}.get(option, 0))
+    for name in ("videos", "out"):
+        command["extract"].add_argument(name)
     command["extract"].add_argument("--jobs", type=int, default=os.cpu_count())
     args = vars(parser.parse_args())
     name = args.pop("command")

@@ -32,11 +32,16 @@ and `python lavish.py` prints the parameter counts.
 import functools, math, re
 
 import torch, torch.nn as nn, torch.nn.functional as F
-import torchaudio, torchvision
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint, torchaudio, torchvision
 
 class InputError(ValueError):
     """Something the user can mend. One line: which file or option, what is wrong, what to do."""
+
+def require(condition, message):
+    """InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
 # ---------------------------------------------------------------- sound becomes an image
 SAMPLE_RATE = 16000
 # Mean and std of AVE's spectrograms at a 5.2 ms shift (released AVE/dataloader.py). Other data and
@@ -55,10 +60,10 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
     # each window's mean itself.
     image = torchaudio.compliance.kaldi.fbank(
         waveform[None], sample_frequency=SAMPLE_RATE, num_mel_bins=size, frame_shift=998.4 / size,
-        frame_length=25.0, window_type="hanning", htk_compat=True, use_energy=False,
-        dither=0.0)  # (188, 192) at size 192
-    # AST's convention: half a standard deviation. Padding comes after it, so that the missing last
-    # rows (the last window must end within the second) hold the mean level, not silence.
+        frame_length=25.0, window_type="hanning", htk_compat=True, use_energy=False, dither=0.0)
+    # AST's convention: half a standard deviation. The last window must end within the second, so
+    # that at size 192 there are 188 rows. Padded after that, the others hold the mean level, not
+    # silence.
     return F.pad((image - mean) / (2 * std), (0, 0, 0, size - image.shape[0]))
 
 # ---------------------------------------------------------------- the frozen backbone: Swin-V2
@@ -72,14 +77,14 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
 def stage_tokens(backbone, images, update=None):
     """forward of all backbones: images (B,3,S,S) -> list of tokens (B,N,d) at the end of each
     stage, before merging, the last after the final norm. update(x, block): what a block does."""
-    def alone(x, block):
-        for branch in backbone.branches(block):
-            x = x + branch(x)
-        return x
-    x, stages = backbone.embed(images), []
+    x, stages = backbone.embed(images), []                                     # (B,N,d)
     for blocks, merge in backbone.stages:
         for block in blocks:
-            x = (update or alone)(x, block)
+            if update:
+                x = update(x, block)
+            else:
+                for branch in backbone.branches(block):
+                    x = x + branch(x)
         stages.append(x)
         x = merge(x)
     return [*stages[:-1], backbone.norm(x)]
@@ -93,43 +98,40 @@ class WindowAttention(nn.Module):
     def __init__(self, dim, heads, side, window, shift, pretrained_window):
         super().__init__()
         self.heads, self.side, self.window, self.shift = heads, side, window, shift
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
-        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(),
-                                     nn.Linear(512, heads, bias=False))
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, False))
         # Keys have no bias: under the cosine it would not cancel, and neither Microsoft nor
         # torchvision (which stores one, then zeroes it) uses it.
         bias_mask = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim)
-        for name, table in dict(bias_mask=bias_mask, mask=shift_mask(side, window, shift),
-                                offsets=log_offsets(window, pretrained_window),
-                                index=offset_index(window)).items():
+        for name, table in dict(
+                bias_mask=bias_mask, mask=shift_mask(side, window, shift),
+                offsets=log_offsets(window, pretrained_window), index=offset_index(window)).items():
             self.register_buffer(name, table, persistent=False)
         self._bias, self._bias_of = None, None
+
     def forward(self, x):
-        B, N, C = x.shape
-        x = x.view(B, self.side, self.side, C)
-        x = x.roll((-self.shift, -self.shift), (1, 2)) if self.shift else x
-        x = to_windows(x, self.window)                                          # (B,W,n,C)
-        qkv, (W, n) = F.linear(x, self.qkv.weight, self.qkv.bias * self.bias_mask), x.shape[1:3]
+        x = to_windows(x, self.side, self.window, self.shift)                   # (B,W,n,C)
+        B, W, n, C = x.shape
+        qkv = F.linear(x, self.qkv.weight, self.qkv.bias * self.bias_mask)      # (B,W,n,3C)
         # To the product, every window is `heads` heads more: fused kernels take four dimensions.
         qkv = qkv.view(B, W, n, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
         (q, k), v = F.normalize(qkv[:2], dim=-1), qkv[2]                        # (B,W*heads,n,C')
         q = q * self.logit_scale.clamp(max=math.log(100)).exp().repeat(W, 1, 1).to(q.dtype)
         x = attend(q, k, v, self.bias().to(q.dtype)).unflatten(1, (W, self.heads))
         x = self.proj(x.transpose(2, 3).reshape(B, W, n, C))
-        x = from_windows(x, self.window, self.side)                             # (B,side,side,C)
-        x = x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
-        return x.reshape(B, N, C)
+        return from_windows(x, self.side, self.window, self.shift)              # (B,N,C)
+
     def bias(self):
         """Position bias plus shift mask, (1, W*heads, n, n): computed, with gradient, in each call
         for a backbone in training; a constant of a frozen one, kept until its parameters change."""
-        now = [(p.data_ptr(), p._version) for p in self.cpb_mlp.parameters()]
         if torch.is_grad_enabled() and self.cpb_mlp[0].weight.requires_grad:
             return self.compute_bias()
+        now = [(p.data_ptr(), p._version) for p in self.cpb_mlp.parameters()]
         if self._bias_of != now:
             self._bias, self._bias_of = self.compute_bias().detach(), now
         return self._bias
+
     def compute_bias(self):
         table = 16 * torch.sigmoid(self.cpb_mlp(self.offsets))                 # ((2w-1)^2,heads)
         return (table[self.index].permute(2, 0, 1) + self.mask[:, None]).flatten(0, 1)[None]
@@ -137,24 +139,27 @@ class WindowAttention(nn.Module):
 def attend(q, k, v, bias):
     """softmax(q k^T + bias) v. On a CPU the fused product's backward pass is the slower one for
     small windows and, four times, in bf16."""
-    small = q.shape[2] < 64 or q.dtype == torch.bfloat16
-    if small and q.device.type == "cpu" and torch.is_grad_enabled():
+    if q.is_cpu and torch.is_grad_enabled() and (q.shape[2] < 64 or q.dtype == torch.bfloat16):
         return (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
 
-def to_windows(x, window):
-    """(B, H, H, C) -> (B, W, window*window, C), W windows in row-major order."""
+def to_windows(x, side, window, shift=0):
+    """Tokens (B, side*side, C) -> (B, W, n, C): W windows of n = window*window tokens, row by row,
+    after the image was rolled up and left by `shift`."""
+    x = x.unflatten(1, (side, side))                                           # (B,H,H,C)
+    x = x.roll((-shift, -shift), (1, 2)) if shift else x
     x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))                # (B,H/w,w,H/w,w,C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-def from_windows(x, window, side):
-    """The inverse of to_windows: (B, W, window*window, C) -> (B, side, side, C)."""
+def from_windows(x, side, window, shift=0):
+    """The inverse of to_windows: (B, W, n, C) -> (B, side*side, C)."""
     x = x.unflatten(2, (window, window)).unflatten(1, (side // window, -1))    # (B,H/w,H/w,w,w,C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)                          # (B,H,H,C)
+    return (x.roll((shift, shift), (1, 2)) if shift else x).flatten(1, 2)
 
 def log_offsets(window, pretrained_window):
-    """Offsets within a window, ((2w-1)^2, 2), as sign(o) log2(1 + |o|) / 3 with o in [-8, 8], by
-    the window the weights were trained with, so that another one extrapolates."""
+    """All offsets o within a window, ((2w-1)^2, 2), as sign(o) log2(1 + |o|) / 3. Before that o is
+    scaled so that the window of pretraining spans [-8, 8]; a larger one extrapolates."""
     o = torch.arange(1 - window, window) * (8 / max(pretrained_window - 1, 1))
     o = o.sign() * (1 + o.abs()).log2() / 3
     return torch.cartesian_prod(o, o)
@@ -169,28 +174,21 @@ def shift_mask(side, window, shift):
     """(W, n, n): -100 between tokens that only the cyclic shift brought into one window."""
     p = torch.arange(side)
     region = (p >= side - window).int() + (p >= side - shift).int() if shift else 0 * p
-    region = (3 * region[:, None] + region)[None, :, :, None]                  # (1,side,side,1)
-    region = to_windows(region, window)[0, :, :, 0]                            # (W,n)
-    return -100.0 * (region[:, :, None] != region[:, None])
+    region = to_windows((3 * region[:, None] + region).view(1, -1, 1), side, window)[..., 0]
+    return -100.0 * (region[0, :, :, None] != region[0, :, None])
 
 class SwinBlock(nn.Module):
     """Residual-post-norm: x <- x + norm1(attn(x)), then x <- x + norm2(mlp(x))."""
     def __init__(self, dim, heads, side, window, shift, pretrained_window):
         super().__init__()
         self.attn = WindowAttention(dim, heads, side, window, shift, pretrained_window)
-        self.norm1 = nn.LayerNorm(dim)
         self.mlp = torchvision.ops.MLP(dim, [4 * dim, dim], activation_layer=nn.GELU)
-        self.norm2 = nn.LayerNorm(dim)
-        # Zero start: every block begins as the identity. With ones a Swin-V2 trained from scratch
-        # stays at chance. Pretrained weights overwrite it.
-        for parameter in [*self.norm1.parameters(), *self.norm2.parameters()]:
-            nn.init.zeros_(parameter)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
 class PatchMerging(torchvision.models.swin_transformer.PatchMergingV2):
     """Each 2 x 2 tokens become one of twice the width: (B, side^2, d) -> (B, side^2 / 4, 2d)."""
     def forward(self, x):
-        side = math.isqrt(x.shape[1])
-        return super().forward(x.unflatten(1, (side, side))).flatten(1, 2)
+        return super().forward(x.unflatten(1, (math.isqrt(x.shape[1]), -1))).flatten(1, 2)
 
 class SwinV2(nn.Module):
     """Swin Transformer V2 (Liu et al., CVPR 2022) for square images of one size.
@@ -214,63 +212,64 @@ class SwinV2(nn.Module):
             features.append(nn.ModuleList(  # every second block shifts its windows by half
                 SwinBlock(dim, heads, side, window, window // 2 if j % 2 and side > window else 0,
                           min(window_size, pretrained_sides[i])) for j in range(depth)))
-        self.features = nn.ModuleList(features)
-        self.norm = nn.LayerNorm(self.dims[-1])
+        self.features, self.norm = nn.ModuleList(features), nn.LayerNorm(self.dims[-1])
         self.stages = list(zip(features[1::2], [*features[2::2], nn.Identity()]))
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        # To train from scratch: Linear layers as torchvision's, and every block the identity, for
+        # with norm1 and norm2 at their usual ones a Swin-V2 stays at chance.
+        for name, parameter in self.features[1:].named_parameters():
+            if parameter.dim() == 2:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif "norm1" in name or "norm2" in name or "bias" in name:
+                nn.init.zeros_(parameter)
 
     forward = stage_tokens
+
     def embed(self, images):
         return self.features[0](images).flatten(1, 2)                          # (B,(S/4)^2,d)
+
     def branches(self, block):
         return lambda x: block.norm1(block.attn(x)), lambda x: block.norm2(block.mlp(x))
+
     def names(self, state):
         # Microsoft's and timm's, which from 0.9 on has the merging at the start of the next stage.
         late = int("layers.0.downsample.norm.weight" in state)
         return ((r"^patch_embed\.proj", "features.0.0"), (r"^patch_embed\.norm", "features.0.2"),
                 (r"^layers\.(\d+)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}"),
-                (r"^layers\.(\d+)\.downsample", lambda m: f"features.{2 * (int(m[1]) + late)}"),
-                (r"mlp\.fc1", "mlp.0"), (r"mlp\.fc2", "mlp.3"))
+                (r"^layers\.(\d+)\.downsample", lambda m: f"features.{2 * (int(m[1]) + late)}"))
 
-def stage_sides(image_size, stages, window):
+def stage_sides(size, stages, window):
     """Token rows of each stage, [S/4, S/8, ...]; refuses sizes that no windows can tile."""
     sides = lambda size: [size // (4 << i) for i in range(stages)]
-    sizes = [size for size in range(16, 1025, 16) if size % (2 << stages) == 0
-             and all(side <= window or side % window == 0 for side in sides(size))]
-    if image_size in sizes:
-        return sides(image_size)
-    raise InputError(f"image size {image_size} does not divide into windows of {window} over "
-                     f"{stages} stages; sizes that do: {', '.join(map(str, sizes))}")
+    fit = [size for size in range(16, 1025, 16) if size % (2 << stages) == 0
+           and all(side <= window or side % window == 0 for side in sides(size))]
+    require(size in fit, f"image size {size} does not divide into windows of {window}; do: {fit}")
+    return sides(size)
 
 # ---------------------------------------------------------------- backbones of the supplementary
 class ViT(torchvision.models.VisionTransformer):
     """Vision Transformer (Dosovitskiy et al., ICLR 2021): one stage, class token first. Pre-norm:
     x <- x + attn(norm1(x)), then x <- x + mlp(norm2(x)). Patches of 16 x 16 pixels."""
     forward, norm = stage_tokens, property(lambda self: self.encoder.ln)
+
     def __init__(self, layers, heads, dim, image_size):
-        if image_size % 16:
-            raise InputError(f"image size {image_size} does not divide into patches of 16 pixels")
+        require(image_size % 16 == 0, f"image size {image_size} is no multiple of 16")
         super().__init__(image_size, 16, layers, heads, dim, 4 * dim)
         self.dims, self.heads = [dim], nn.Identity()
         self.stages = [(self.encoder.layers, nn.Identity())]
+
     def embed(self, images):
-        x = self._process_input(images)                                        # (B,(S/16)^2,d)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)         # (B,1+(S/16)^2,d)
-        return x + self.encoder.pos_embedding
+        tokens = [self.class_token.expand(len(images), -1, -1), self._process_input(images)]
+        return torch.cat(tokens, 1) + self.encoder.pos_embedding               # (B,1+(S/16)^2,d)
+
     def branches(self, block):
         return (lambda x: block.self_attention(*3 * [block.ln_1(x)], need_weights=False)[0],
                 lambda x: block.mlp(block.ln_2(x)))
-    def names(self, state):
-        # timm's and VideoMAE's (its fc_norm comes after the mean there); linear_ is torchvision's.
-        return ((r"^encoder\.(?=patch_embed|blocks|norm)", ""), ("^patch_embed.proj", "conv_proj"),
-                ("^cls_token", "class_token"), ("^pos_embed$", "encoder.pos_embedding"),
-                (r"^blocks\.", "encoder.layers.encoder_layer_"), (r"\.norm([12])", r".ln_\1"),
-                (r"^(fc_)?norm\.", "encoder.ln."), (r"attn\.qkv\.", "self_attention.in_proj_"),
-                (r"attn\.proj", "self_attention.out_proj"), (r"mlp\.(fc|linear_)1", "mlp.0"),
-                (r"mlp\.(fc|linear_)2", "mlp.3"))
+    names = lambda self, state: (  # timm's and VideoMAE's (whose fc_norm comes after the mean)
+        (r"^encoder\.(?=patch_embed|blocks|norm)", ""), ("^patch_embed.proj", "conv_proj"),
+        ("^cls_token", "class_token"), ("^pos_embed$", "encoder.pos_embedding"),
+        (r"^blocks\.", "encoder.layers.encoder_layer_"), (r"\.norm([12])", r".ln_\1"),
+        (r"^(fc_)?norm\.", "encoder.ln."), (r"attn\.qkv\.", "self_attention.in_proj_"),
+        (r"attn\.proj", "self_attention.out_proj"))
 
 class VideoMAE(ViT):
     """VideoMAE's encoder (Tong et al., NeurIPS 2022): one token per tubelet, 2 frames of 16 x 16
@@ -284,14 +283,16 @@ class VideoMAE(ViT):
         angle = place / 10000 ** (torch.arange(0, dim, 2) / dim)               # (N,d/2)
         positions = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)     # sin, cos, sin, ...
         self.register_buffer("positions", positions, persistent=False)
+
     def embed(self, images):
-        clips = images.unflatten(0, (-1, 16)).transpose(1, 2)                  # (B,3,16,S,S)
-        return to_tokens(self.conv_proj(clips)) + self.positions               # (B,8*(S/16)^2,d)
+        x = self.conv_proj(images.unflatten(0, (-1, 16)).transpose(1, 2))      # (B,d,8,S/16,S/16)
+        return x.flatten(2).transpose(1, 2) + self.positions                   # (B,8*(S/16)^2,d)
 
 class ResNet(torchvision.models.ResNet):
     """Residual network (He et al., CVPR 2016). A block that changes the shape only merges; any
     other, relu(x + f(x)), is one branch: x <- x + (relu(x + f(x)) - x)."""
     forward, names = stage_tokens, lambda self, state: ()
+
     def __init__(self, depths, image_size):
         super().__init__(torchvision.models.resnet.Bottleneck, depths)
         self.dims, self.image_size = [256, 512, 1024, 2048], image_size
@@ -299,19 +300,19 @@ class ResNet(torchvision.models.ResNet):
         layers = self.layer1, self.layer2, self.layer3, self.layer4
         merges = [functools.partial(on_maps, layer[0]) for layer in layers[1:]]
         self.stages = [(layer[1:], merge) for layer, merge in zip(layers, [*merges, self.norm])]
+
     def embed(self, images):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))              # (B,64,S/4,S/4)
-        return to_tokens(self.layer1[0](x))                                    # (B,(S/4)^2,256)
+        return self.layer1[0](x).flatten(2).transpose(1, 2)                    # (B,(S/4)^2,256)
+
     def branches(self, block):
         return [lambda x: on_maps(block, x) - x]
 
-def on_maps(module, tokens):
-    return to_tokens(module(to_maps(tokens)))
 def to_maps(tokens):  # (B,H*H,d) -> (B,d,H,H)
-    side = math.isqrt(tokens.shape[1])
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
-def to_tokens(maps):  # (B,d,...) -> (B,N,d)
-    return maps.flatten(2).transpose(1, 2)
+    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+
+def on_maps(module, tokens):  # (B,H*H,d) -> (B,H'*H',d')
+    return module(to_maps(tokens)).flatten(2).transpose(1, 2)
 
 BACKBONES = {  # name: (class, its settings, image size and name of the published weights)
     "nano": (SwinV2, (32, (2, 2, 2), (2, 4, 8), 6), 48, None),  # the toy's
@@ -327,16 +328,12 @@ BACKBONES = {  # name: (class, its settings, image size and name of the publishe
     "videomae_nano": (VideoMAE, (4, 4, 64), 48, None),  # the toy's
     "resnet152": (ResNet, ((3, 8, 36, 3),), 224, "resnet152")}
 
-def make_backbone(name, image_size=None, weights=None):
-    """A backbone by name (a key of BACKBONES), at its pretraining image size unless told. weights:
-    torchvision's, Microsoft's, timm's or VideoMAE's state dict (see load_weights in train.py)."""
-    if name not in BACKBONES:
-        raise InputError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+def make_backbone(name, image_size=None):
+    """A backbone with random weights, by name (a key of BACKBONES), for images of the size it was
+    published for unless told."""
+    require(name in BACKBONES, f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
     kind, settings, native, _ = BACKBONES[name]
-    backbone = kind(*settings, image_size or native, *[native] * (kind is SwinV2))
-    if weights:
-        load_pretrained(backbone, weights)
-    return backbone
+    return kind(*settings, image_size or native, *[native] * (kind is SwinV2))
 
 def load_pretrained(backbone, state_dict):
     """Load weights under their publisher's names; what does not fit is an InputError."""
@@ -347,28 +344,19 @@ def load_pretrained(backbone, state_dict):
     for key in [key for key in state if key.endswith("q_bias")]:  # keys have none
         q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
         state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    for old, new in backbone.names(state):
+    mlps = (r"mlp\.(fc|linear_)1", "mlp.0"), (r"mlp\.(fc|linear_)2", "mlp.3")  # of all publishers
+    for old, new in (*backbone.names(state), *mlps):
         state = {re.sub(old, new, key): tensor for key, tensor in state.items()}
-    check_keys(backbone.state_dict(), state, "the weights do not fit this backbone")
-    backbone.load_state_dict(state)
+    load_checked(backbone, backbone.state_dict(), state, "the weights do not fit this backbone")
 
-def load_file(path):
-    """torch.load for tensors alone: a file from a stranger cannot run code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no weights at {path}; check the path") from None
-    except Exception as error:  # what torch raises for a file that is none is not documented
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
-
-def check_keys(wanted, found, what):
-    """InputError that names every missing, extra or misshaped key; a count would name none."""
-    wanted, found = ({k: tuple(t.shape) for k, t in d.items()} for d in (wanted, found))
-    faults = [f"{k} is {found.get(k, 'missing')}, not {wanted.get(k, 'wanted')}"
-              for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
-    if faults:
-        raise InputError(f"{what}: {'; '.join(faults[:8] + ['...'] * (len(faults) > 8))}")
+def load_checked(model, wanted, found, what):
+    """Load the state dict `found`. Its keys and shapes are to be those of `wanted`, a part or all
+    of the model's own; an InputError names what is missing, extra or misshaped."""
+    wanted, shapes = ({k: tuple(t.shape) for k, t in d.items()} for d in (wanted, found))
+    faults = [f"{k} is {shapes.get(k, 'missing')}, not {wanted.get(k, 'wanted')}"
+              for k in {**wanted, **shapes} if wanted.get(k) != shapes.get(k)]
+    require(not faults, f"{what}: {'; '.join(faults[:8] + ['...'] * (len(faults) > 8))}")
+    model.load_state_dict(found, strict=False)
 
 # ---------------------------------------------------------------- the adapter
 class LavishAdapter(nn.Module):
@@ -380,8 +368,7 @@ class LavishAdapter(nn.Module):
     def __init__(self, dim, latents=2, reduction=8, groups=2):
         super().__init__()
         if dim % (reduction * groups):
-            raise ValueError(f"dim {dim} must be a multiple of reduction {reduction} x groups "
-                             f"{groups}")
+            raise ValueError(f"dim {dim} is no multiple of reduction {reduction} x groups {groups}")
         if latents:
             # Random, as in the paper: latents that start equal (zeros, in the released AVS and
             # AVQA code) get equal gradients for ever, and m of them act as one.
@@ -395,6 +382,7 @@ class LavishAdapter(nn.Module):
         self.bn_up = nn.BatchNorm1d(dim)
         self.norm_out = nn.LayerNorm(dim)
         self.gate = nn.Parameter(torch.zeros(1))
+
     def forward(self, x, other=None):
         if other is not None:
             # compress, eq. 7: S = L + softmax(L y^T) y, y the other stream. One head, no
@@ -439,31 +427,32 @@ class Lavish(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         self.backbone = backbone.requires_grad_(False)
         self.streams = {"av": ("visual", "audio"), "v": ("visual",), "a": ("audio",)}[modality]
-        m = latents if modality == "av" else 0  # nothing to read from without the other one
+        latents *= modality == "av"  # without the other stream there is nothing to read
         # [block][branch][stream]: with both streams and a Swin's two branches, four per block.
         self.adapters = nn.ModuleList(nn.ModuleList(nn.ModuleDict(
-            {stream: LavishAdapter(dim, m, reduction, groups) for stream in self.streams})
+            {stream: LavishAdapter(dim, latents, reduction, groups) for stream in self.streams})
             for _ in backbone.branches(block))
             for (blocks, _), dim in zip(backbone.stages, backbone.dims) for block in blocks)
-        last = max(len(self.adapters) - 1, 1)
-        self.drop_rates = [drop_path * i / last for i in range(last + 1)]
+        self.drop_rates = torch.linspace(0, drop_path, len(self.adapters), device="cpu").tolist()
         if checkpoint_activations:  # every batch will pass a batch norm twice, and count once:
             for norm in (m for m in self.adapters.modules() if isinstance(m, nn.BatchNorm1d)):
                 norm.momentum = 1 - (1 - norm.momentum) ** 0.5  # two such steps are one as before
+
     def train(self, mode=True):
-        super().train(mode)
-        self.backbone.eval()  # frozen means its statistics too
+        super().train(mode).backbone.eval()  # frozen means its statistics too
         return self
+
     def forward(self, frames, spectrograms):
         images = {"visual": frames, "audio": spectrograms[:, None].expand(-1, 3, -1, -1)}
         per_block, run = iter(zip(self.adapters, self.drop_rates)), self.update
         if self.checkpoint_activations and self.training:
-            run = functools.partial(checkpoint, run, use_reentrant=False)
+            run = functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
         # The weights are shared, so that both streams run in ONE pass, along the batch: (2B,N,d).
         stages = self.backbone(torch.cat([images[s] for s in self.streams]),
                                lambda x, block: run(x, block, *next(per_block)))
         tokens = dict(zip(self.streams, zip(*(stage.chunk(len(self.streams)) for stage in stages))))
         return tokens.get("visual"), tokens.get("audio")
+
     def update(self, x, block, adapters, drop):
         """Y = X + MSA(X) + LAV(X), then Z = Y + MLP(Y) + LAV(Y), for both streams X."""
         for branch, lav in zip(self.backbone.branches(block), adapters):
@@ -474,6 +463,7 @@ class Lavish(nn.Module):
                 v, a = x.chunk(2)                                              # (B,N,d) each
                 x = x + frozen + torch.cat([lav["visual"](v, a), lav["audio"](a, v)])
         return x
+
     def pooled(self, frames, spectrograms):
         """(B,T,3,S,S), (B,T,S,S) -> (B,T,d or 2d): what stands for each image, a ViT's class token
         or the mean over the tokens, of both streams side by side."""
@@ -495,6 +485,7 @@ class AVE(nn.Module):
         self.net, width = net, len(net.streams) * net.backbone.dims[-1] + extra
         # Two linear layers with nothing between them, as released.
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.Linear(hidden, classes))
+
     def forward(self, frames, spectrograms, *extra):
         pooled = self.net.pooled(frames, spectrograms)                         # (B,T,2d)
         return self.head(torch.cat([pooled, *extra], -1)).float()
@@ -518,6 +509,7 @@ class TPAVI(nn.Module):
         self.out, self.bn = nn.Linear(channels // 2, channels), nn.BatchNorm1d(channels)
         self.norm = nn.LayerNorm(channels)
         nn.init.zeros_(self.bn.weight)  # at the start the sound has no say: z = LN(x)
+
     def forward(self, x, audio):
         B, T, _ = audio.shape
         x = x.movedim(1, -1)                                               # (B*T,H,W,C)
@@ -533,6 +525,7 @@ class ResidualUnit(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
     def forward(self, x):
         x = F.relu(x)
         return x + self.conv2(F.relu(self.conv1(x)))
@@ -546,9 +539,8 @@ class AVS(nn.Module):
                  mask_widths=(128, 32), audio_dim=128):
         super().__init__()
         self.net, dims = net, net.backbone.dims
-        if "visual" not in net.streams or len(dims) < 2:
-            raise InputError("segmentation has no sound-only variant, a mask needs frames; and it "
-                             "needs maps of several sizes: a Swin-V2 or a ResNet")
+        require("visual" in net.streams and len(dims) > 1,
+                "segmentation needs frames, and a Swin-V2 or a ResNet for its maps")
         n, audible = len(dims), "audio" in net.streams
         # Map i has side sizes[i + 1], mask_size / 4, / 8 ...; once fused it grows to sizes[i].
         self.sizes = [max(1, mask_size // 2 ** (i + 1)) for i in range(n + 1)]
@@ -567,16 +559,16 @@ class AVS(nn.Module):
             nn.Conv2d(channels, mask_widths[0], 3, padding=1),
             nn.Upsample((mask_size, mask_size), mode="bilinear"),
             nn.Conv2d(*mask_widths, 3, padding=1), nn.ReLU(), nn.Conv2d(mask_widths[1], 1, 1))
+
     def forward(self, frames, spectrograms, first=False):
         B, T = frames.shape[:2]
         visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
-        maps = []
-        for tokens, project, size in zip(visual, self.project, self.sizes[1:]):
-            x = to_maps(project(tokens))                                       # (B*T,w,side,side)
-            maps.append(F.interpolate(x, size, mode="bicubic"))                # (B*T,w,size,size)
+        maps = [F.interpolate(to_maps(project(tokens)), size, mode="bicubic")  # (B*T,w,size,size)
+                for tokens, project, size in zip(visual, self.project, self.sizes[1:])]
         if audio:
             audio = self.audio(audio[-1].mean(1)).view(B, T, -1)               # (B,T,128)
         return self.decode(maps, audio, T if first else 1).view(B, -1, *self.mask[1].size).float()
+
     def decode(self, maps, audio=None, step=1):
         """maps [(B*T,w,size,size)], audio (B,T,128) -> logits of every step-th frame."""
         maps = [sum(conv(x) for conv in convs) for x, convs in zip(maps, self.dilated)]
@@ -588,25 +580,6 @@ class AVS(nn.Module):
                               mode="bilinear", align_corners=True)
         return self.mask(x)                                                    # (B*T,1,mask,mask)
 
-def mask_iou(logits, masks):
-    """Logits and 0/1 masks (N,H,W) -> IoU of each frame (N,), as AVSBench counts it: an empty
-    mask scores the share of pixels predicted empty."""
-    p, m = logits.flatten(1) > 0, masks.flatten(1) > 0                         # (N,H*W)
-    iou = (p & m).sum(1) / (p | m).sum(1).clamp(min=1)
-    return torch.where(m.any(1), iou, (~p).float().mean(1))
-
-def f_scores(logits, masks, beta2=0.3, thresholds=255):
-    """Logits, 0/1 masks (N,H,W) -> (1 + b) P R / (b P + R) of those with a mask, at thresholds."""
-    p, m = logits.sigmoid().flatten(1), masks.flatten(1)
-    p, m = p[m.any(1)], m[m.any(1)]                                            # (n,H*W)
-    # How many pixels, of all and of the mask, reach each threshold: a histogram from the top.
-    level = torch.bucketize(p, torch.linspace(0, 1, thresholds), right=True)
-    counts = torch.zeros(2, len(p), thresholds + 1).scatter_add_(
-        2, level.expand(2, -1, -1), torch.stack([m, torch.ones_like(m)]))
-    hits, found = counts.flip(2).cumsum(2).flip(2)[..., 1:]                    # (n,thresholds)
-    # With P = hits / found and R = hits / |mask|:
-    return (1 + beta2) * hits / (beta2 * m.sum(1, keepdim=True) + found)
-
 class TemporalGrounding(nn.Module):
     """When? The question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D)."""
     def __init__(self, hidden, heads=4, dropout=0.1):
@@ -614,6 +587,7 @@ class TemporalGrounding(nn.Module):
         self.attention = nn.MultiheadAttention(hidden, heads, dropout, batch_first=True)
         self.mlp = torchvision.ops.MLP(hidden, [hidden, hidden], dropout=dropout)
         self.norm = nn.LayerNorm(hidden)
+
     def forward(self, question, seconds):
         z = self.attention(question[:, None], seconds, seconds, need_weights=False)[0][:, 0]
         # LN(z + MLP(z)) + mean_t s_t: the mean keeps what every second says, asked for or not.
@@ -641,12 +615,14 @@ class AVQA(nn.Module):
         if len(net.streams) == 2:
             self.match = torchvision.ops.MLP(joint, [hidden, hidden // 2, hidden // 4, 2])
         self.fusion, self.answer = nn.Linear(joint, hidden), nn.Linear(hidden, answers)
+
     def forward(self, frames, spectrograms, question, foreign=None):
         visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
         if foreign is not None and len(self.net.streams) == 2:
             with torch.no_grad():  # as released: through the frozen backbone, without adapters
                 foreign = self.net.backbone(foreign.flatten(0, 1))[-1]         # (B*T,N,d)
         return self.reason(visual and visual[-1], audio and audio[-1], question, foreign)
+
     def reason(self, visual, audio, question, foreign=None):
         """Last-stage tokens (B*T,N,d) of the streams and of foreign frames -> as forward."""
         B, heard, found, match = len(question), None, [], None  # heard, seen: one vector a second
@@ -664,6 +640,7 @@ class AVQA(nn.Module):
             frames = torch.cat([seen, self.ground(foreign, heard)])            # (2*B*T,D)
             match = self.match(torch.cat([heard.repeat(2, 1), frames], -1)).float()
         return self.answer((question * fused).tanh()).float(), match
+
     def ground(self, visual, heard):
         """Where? sum_n softmax_n(cos(a, v_n)) v_n / |v_n|, beside the plain mean -> (B*T,D)."""
         tokens = self.visual_in(visual)                                        # (B*T,N,D)
@@ -681,10 +658,11 @@ class UCF101(nn.Module):
     def __init__(self, net, classes=101):
         super().__init__()
         self.net, self.head = net, nn.Linear(len(net.streams) * net.backbone.dims[-1], classes)
+
     def forward(self, frames, spectrograms):
-        stills = spectrograms.repeat_interleave(2, 1)                          # (B,16,S,S)
         # VideoMAE has one vector for a clip; a backbone of images 16, to be averaged.
-        return self.head(self.net.pooled(frames, stills).mean(1)).float()
+        pooled = self.net.pooled(frames, spectrograms.repeat_interleave(2, 1)).mean(1)  # (B,2d)
+        return self.head(pooled).float()
 
 # ---------------------------------------------------------------- two verbs to copy
 def freeze_all_but_adapters(model):
@@ -693,40 +671,24 @@ def freeze_all_but_adapters(model):
     for adapter in (m for m in model.modules() if isinstance(m, LavishAdapter)):
         adapter.requires_grad_(True)
 
-def keep_matrices_in_bf16(backbone):
-    """Of a frozen backbone under autocast, which would cast its weights anew in every pass."""
-    for name, parameter in backbone.named_parameters():
-        if parameter.dim() > 1 and not re.search("cpb_mlp|logit_scale", name):
-            parameter.data = parameter.data.bfloat16()
-
 def trained_state_dict(model):
     """What training changed, and no more: 40 MB beside a Swin-V2-L of 900. A module that owns a
     trainable parameter is kept with its buffers (batch-norm statistics)."""
-    trained = {name for name, module in model.named_modules()
-               if any(p.requires_grad for p in module.parameters(recurse=False))}
+    trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     return {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] in trained}
 
 def load_trained_state_dict(model, state_dict, what="the checkpoint is of another configuration"):
     """The inverse of trained_state_dict; a key that does not fit is an InputError naming it."""
-    check_keys(trained_state_dict(model), state_dict, what)
-    model.load_state_dict(state_dict, strict=False)
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
+    load_checked(model, trained_state_dict(model), state_dict, what)
 
 def count_parameters(model):
     """(trainable, total)."""
-    return sum(p.numel() for p in trainable(model)), sum(p.numel() for p in model.parameters())
-
-# Test scores of the paper, for train.py report: Table 1; of the supplementary Tables 2 and 3.
-PUBLISHED = {("ave", "v"): 0.753, ("ave", "av"): 0.811, ("ave", "av", "VGGish"): 0.824,
-             ("avs", "v"): 0.721, ("avs", "av"): 0.801, ("avqa", "v"): 0.632, ("avqa", "av"): 0.771,
-             ("ucf101", "av"): 0.926}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters())
 
 def main():
-    """Print the paper's configurations: parameters here beside the paper's, in millions."""
-    print("millions of parameters         of which                trainable        total\n"
-          "task   backbone   m/r/g  latents adapters     head     here  paper     here  paper")
+    """Print the parameters of the paper's configurations, in millions, beside the paper's."""
+    print("head   backbone   m/r/g adapters     head trainable  paper     total  paper")
     for head, name, m, r, g, *paper in (
             (AVE, "large", 2, 8, 2, 10.1, 238.8), (AVE, "base12", 2, 8, 2, 5.0, 114.2),
             (AVE, "vit_base", 2, 8, 2, 4.7, 107.2), (AVE, "vit_large", 2, 8, 2, 14.5, 340.1),
@@ -735,15 +697,11 @@ def main():
         with torch.device("meta"):  # shapes without memory
             model = head(Lavish(make_backbone(name), m, r, g))
         adapters, (trained, total) = count_parameters(model.net)[0], count_parameters(model)
+        # The paper's totals count the unused ImageNet-22k classifier; UCF101's backbone has none.
         total += (head is not UCF101) * 21841 * (model.net.backbone.dims[-1] + 1)
-        latents = sum(p.numel() for n, p in model.named_parameters() if n.endswith("latents"))
-        here = latents, adapters - latents, trained - adapters, trained
-        print(f"{head.__name__:6} {name:9} {m:2}/{r}/{g}{''.join(f'{n / 1e6:9.2f}' for n in here)}"
-              f"{paper[0]:7}{total / 1e6:9.2f}{paper[1]:>7}")
-    print("m latents, r reduction, g groups. Totals but UCF101's count the unused ImageNet-22k\n"
-          "classifier, as the paper's do. The released decoder of AVS has 1.18 more, and the\n"
-          "released head of AVQA 2.76 more, that they never use: with those, 64/8/4 has the\n"
-          "paper's 21.1. The paper's 7.4 of UCF101 are the adapters without the head.")
+        here = [n / 1e6 for n in (adapters, trained - adapters, trained, total)]
+        print("{:6} {:9} {:2}/{}/{}{:9.2f}{:9.2f}{:10.2f}{:7}{:10.2f}{:>7}".format(
+            head.__name__, name, m, r, g, *here[:3], paper[0], here[3], paper[1]))
 
 if __name__ == "__main__":
     main()

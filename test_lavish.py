@@ -162,7 +162,7 @@ def test_microsoft_checkpoint_loads_from_a_path_with_a_space(monkeypatch):
     torch.save({"model": state}, path)
     settings = lavish.SwinV2, (16, (2, 2, 2), (2, 2, 4), 4), 32, None
     monkeypatch.setitem(lavish.BACKBONES, "test", settings)
-    loaded = make_backbone("test", weights=lavish.load_file(path)).eval()
+    lavish.load_pretrained(loaded := make_backbone("test").eval(), data.load_file(path))
     assert torch.equal(loaded(x)[-1], swin(x)[-1])
 @pytest.mark.parametrize("key, tensor, fault", [
     ("norm.weight", None, "norm.weight is missing"), ("more", torch.zeros(1), "not wanted"),
@@ -238,7 +238,7 @@ def test_adapter_stands_alone_in_sixty_lines_and_is_what_stays_trainable():
     assert source.count("\n") <= 60
     exec("import torch, torch.nn as nn, torch.nn.functional as F\n" + source, scope)
     assert scope["LavishAdapter"](32)(*torch.randn(2, 2, 9, 32)).shape == (2, 9, 32)
-    fault = "dim 20 must be a multiple of reduction 8 x groups 2"
+    fault = "dim 20 is no multiple of reduction 8 x groups 2"
     refuses(fault, scope["LavishAdapter"], 20, error=ValueError)
 @torch.no_grad()
 def test_the_readmes_block_gives_a_torchvision_vit_adapters_and_trains_them_alone(monkeypatch):
@@ -287,6 +287,25 @@ def gradients(model, inputs):
     trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in trained.values())  # every part of it learns
     return dict(enumerate(outputs)) | trained
+def as_released():
+    """From here on this process computes as the authors' release does: a pass per stream, position
+    biases anew in every block, convolutions between transposes, TPAVI over all pairs of pixels."""
+    def update(net, x, block, adapters, drop):
+        v, a = x.chunk(2)                                                      # (B,N,d) each
+        for branch, lav in zip(net.backbone.branches(block), adapters):
+            v, a = v + branch(v) + lav["visual"](v, a), a + branch(a) + lav["audio"](a, v)
+        return torch.cat([v, a])
+    def tpavi(self, x, audio):
+        (B, T, _), (C, H, W) = audio.shape, x.shape[1:]
+        video = x.movedim(1, -1).reshape(B, -1, C)                             # (B,T*H*W,C)
+        sound = self.align(audio).repeat_interleave(H * W, 1)                  # (B,T*H*W,C)
+        weights = self.theta(video) @ self.phi(sound).transpose(1, 2) / video.shape[1]
+        y = self.bn(self.out(weights @ self.g(video)).flatten(0, 1))
+        return self.norm(video.flatten(0, 1) + y).view(-1, H, W, C).movedim(-1, 1)
+    lavish.Lavish.update, lavish.TPAVI.forward = update, tpavi
+    lavish.LavishAdapter.convolve = staticmethod(lambda z, conv: conv(z.t()[None])[0].t())
+    lavish.WindowAttention.bias = lavish.WindowAttention.compute_bias
+    lavish.attend = lambda q, k, v, bias: (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
 @pytest.mark.parametrize("head", ["ave", "avs", "avqa"])
 def test_recomputed_activations_and_the_released_way_give_the_same_gradients(head, monkeypatch):
     (plain, inputs), (lean, _) = (tiny_head(head, checkpoint_activations=c) for c in (False, True))
@@ -297,10 +316,10 @@ def test_recomputed_activations_and_the_released_way_give_the_same_gradients(hea
     assert all(torch.allclose(ours[k], recomputed[k], atol=1e-5) for k in ours)
     for (name, a), b in zip(plain.named_buffers(), lean.buffers()):  # a batch counts once
         assert torch.allclose(a, b, atol=1e-6) or "num_batches" in name, name
-    for owner, name in ((lavish.Lavish, "forward"), (lavish.TPAVI, "forward"), (lavish, "attend"),
+    for owner, name in ((Lavish, "update"), (lavish.TPAVI, "forward"), (lavish, "attend"),
                         (WindowAttention, "bias"), (LavishAdapter, "convolve")):
         monkeypatch.setattr(owner, name, inspect.getattr_static(owner, name))  # to be put back
-    train.as_released()
+    as_released()
     theirs = gradients(tiny_head(head)[0].double(), inputs)
     assert all((ours[k] - theirs[k]).abs().max() < 1e-6 * (1 + theirs[k].abs().max()) for k in ours)
 def test_bf16_is_close_and_trains_in_fp32(toy):
@@ -310,15 +329,15 @@ def test_bf16_is_close_and_trains_in_fp32(toy):
         model = randomise(lavish.AVE(train.build_net(args), 4))
         logits[precision] = train.prepare(args, model.train())[0](*inputs)
         logits[precision].sum().backward()
-        assert all(p.grad.dtype == torch.float32 for p in lavish.trainable(model))
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert model.net.backbone.stages[0][0][0].mlp[0].weight.dtype == torch.bfloat16
-    error = (logits["bf16"] - logits["fp32"]).abs().max()
-    assert logits["bf16"].dtype == torch.float32 and 1e-4 < error < 0.1 * logits["fp32"].std()
+    error = (logits["bf16"] - logits["fp32"]).std() / logits["fp32"].std()
+    assert logits["bf16"].dtype == torch.float32 and 1e-4 < error < 0.1
 def test_training_changes_adapters_and_head_only_and_they_are_what_a_checkpoint_holds():
     model, inputs = tiny_head("ave")
     assert (logits := model(*inputs)).shape == (2, 3, 4)
     logits.square().sum().backward()
-    torch.optim.Adam(lavish.trainable(model), 1e-2).step()
+    torch.optim.Adam(model.parameters(), 1e-2).step()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith("net.backbone"), name
     same(model.net.backbone.state_dict(), tiny_swin().state_dict())
@@ -351,7 +370,7 @@ def test_masks_of_any_size_and_the_first_one_alone(mask_size):
     assert (model(frames, swapped) - masks).abs().max() > 1e-3  # what is heard matters
     assert torch.equal(mute.eval()(frames, spectrograms), mute(frames, swapped))
     assert not any("tpavi" in name or "audio" in name for name, _ in mute.named_parameters())
-    refuses("no sound-only variant", tiny_head, "avs", modality="a")
+    refuses("segmentation needs frames", tiny_head, "avs", modality="a")
     gradients(model.train(), (frames, spectrograms, True))  # every part of it learns
 def test_mask_scores_by_their_definitions():
     torch.manual_seed(0)
@@ -360,12 +379,12 @@ def test_mask_scores_by_their_definitions():
     found = logits > 0
     wanted = (found & masks).sum((1, 2)) / (found | masks).sum((1, 2))
     wanted[2] = 1 - found[2].float().mean()  # nothing sounds: the share left empty
-    assert torch.allclose(lavish.mask_iou(logits, masks.float()), wanted, atol=1e-6)
+    assert torch.allclose(train.mask_iou(logits, masks.float()), wanted, atol=1e-6)
     found = logits.sigmoid()[:, None] >= torch.linspace(0, 1, 255)[:, None, None]
     hits, found = (found & masks[:, None]).sum((2, 3)), found.sum((2, 3))
     precision, recall = hits / found.clamp(min=1), hits / masks.sum((1, 2))[:, None]
     wanted = 1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-20)
-    scores = lavish.f_scores(logits, masks.float())
+    scores = train.f_scores(logits, masks.float())
     assert torch.allclose(scores, wanted[[0, 1, 3, 4]], atol=1e-5)  # of those with a mask
 def test_avs_items_however_masks_are_stored_and_columns_named(roots):
     stored = ((0, 1, True), (0, 255, True), (60, 200, True), (0, 0, False))  # off, on, is it a mask
@@ -541,7 +560,7 @@ def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy,
     ("avqa", "*/*-val*", swap("anser", "answer"), "question 1: .*anser.* is missing or wrong"),
     ("avqa", "*/*-val*", swap("Is the", "Was the"), "question 0 of val: 'Was' is in no training"),
     ("avqa", "*/*-val*", swap('"no"', '"maybe"'), "question 0 of val: 'maybe' is in no training"),
-    ("avqa", "*/*-val*", swap("than the", "than the the the"), "the question has over 7 words"),
+    ("avqa", "*/*-val*", swap("than the", "than the the the"), "this has over 7 words"),
     ("avqa", "*/*-val*", swap("-00 1", "gone"), "1 of 1 clips lack files, first .*gone/0001.jpg")])
 def test_bad_input_ends_in_one_line(roots, monkeypatch, capsys, command, path, damage, fault):
     task, *options = command.split()
@@ -744,7 +763,7 @@ def test_damaged_files_are_found_and_the_others_read(roots, file, damage, said):
         assert x.isfinite().all()
         assert said not in ("", "  odd rate: {}") or x.mean() > silence.max() + 0.5  # its own sound
 def test_commands_run_as_a_person_types_them(toy):
-    assert "10.04   10.1   238.83  238.8" in python("lavish.py")[1]
+    assert "10.04   10.1    238.83  238.8" in python("lavish.py")[1]
     assert "kept in" in python("data.py", "stats", "ave", toy / "ave", "--size", "64")[1]
     assert set(json.loads((toy / "ave/fbank.json").read_text())) == {"48", "64"}
     assert python("data.py", "stats", "ave", toy / "nothing")[0] == 2
