@@ -31,7 +31,7 @@ def open_wav(path):
             tag = head.find(b"fmt ") + 8
             if head[tag:tag + 2] + head[tag + 24:tag + 26] == b"\xfe\xff\1\0":
                 plain = head[:tag] + b"\1\0" + head[tag + 2:] + file.read()
-                return wave.open(io.BytesIO(plain))
+                return wave.open(io.BytesIO(plain))  # what follows the tag is not read
         return wave.open(path)
     except FileNotFoundError:
         raise InputError(f"no sound at {path}") from None
@@ -53,7 +53,7 @@ def read_wav(path):
     sound = torch.from_numpy(samples.astype(np.float32))
     if rate != SAMPLE_RATE and len(sound):
         sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
-    return sound - sound.mean()
+    return sound - sound.mean()  # as released
 
 def read_image(path):
     """(3, height, width) uint8, from jpg or png."""
@@ -73,7 +73,7 @@ def seconds_of(sound, count):
     """(N,) -> (count, 16000): second t is samples [16000 t, 16000 (t+1)), silence past the end. The
     released code spreads `count` windows evenly, up to 0.1 s early against the labels."""
     sound = torch.nn.functional.pad(sound, (0, max(0, count * SAMPLE_RATE - len(sound))))
-    return sound[:count * SAMPLE_RATE].view(count, SAMPLE_RATE)
+    return sound[:count * SAMPLE_RATE].view(count, SAMPLE_RATE)                # (count,16000)
 
 def video_paths(root, video):  # the folder of its frames, and its sound
     return join(root, "video_frames", video), join(root, "raw_audio", video + ".wav")
@@ -84,7 +84,7 @@ def video_files(root, video):
     folder, wav = video_paths(root, video)
     names = [n for n in os.listdir(folder) if n.endswith(".jpg")] if isdir(folder) else []
     try:
-        names = sorted(names, key=lambda name: int(name[:-4])) or ["0001.jpg"]
+        names = sorted(names, key=lambda name: int(name[:-4])) or ["0001.jpg"]  # 9.jpg before 10
     except ValueError:
         raise InputError(f"{folder} holds frames that are not numbered like 0001.jpg") from None
     return [join(folder, name) for name in names], wav
@@ -112,8 +112,8 @@ def known_stats(root):  # {"192": [mean, std], ...}, by the size of the spectrog
 
 def read_clip(paths, seconds, size, stats):
     """T paths of frames, sound (T,16000) -> frames (T,3,S,S), spectrograms (T,S,S)."""
-    return (torch.stack([read_frame(path, size) for path in paths]),
-            torch.stack([fbank(second, size, *stats) for second in seconds]))
+    return (torch.stack([read_frame(path, size) for path in paths]),           # (T,3,S,S)
+            torch.stack([fbank(second, size, *stats) for second in seconds]))  # (T,S,S)
 
 def survey(dataset, read=False):
     """What is amiss with a split's files, as {kind: [path or line]}: missing, short and odd rate;
@@ -131,8 +131,8 @@ def survey(dataset, read=False):
                 # What the file holds, whatever its header says.
                 samples = min(file.getnframes(), (os.path.getsize(wav) - 44) // width)
             found["short"] += [wav] * (samples < dataset.seconds * rate)
-            found["odd rate"] += [wav] * (rate != SAMPLE_RATE)
-            if read and dataset[i] and dataset.sound(i).abs().max() < 1e-4:
+            found["odd rate"] += [wav] * (rate != SAMPLE_RATE)  # will be resampled
+            if read and dataset[i] and dataset.sound(i).abs().max() < 1e-4:  # of full scale
                 found["silent"].append(wav)
         except InputError as error:
             if not read:
@@ -188,7 +188,7 @@ class AVE(Clips):
         for number, line in enumerate(read_lines(path), 1):
             try:
                 category, video, _, start, end = line.split("&")
-                category = self.classes.index(category)
+                category = self.classes.index(category)  # a ValueError if unknown
                 self.clips.append((video, category, int(start), int(end), line))
             except ValueError:
                 raise InputError(f"{path}, line {number}: {line!r} is not Category&VideoID&Quality&"
@@ -196,7 +196,7 @@ class AVE(Clips):
     def labels(self, i):
         _, category, start, end, _ = self.clips[i]
         t = torch.arange(self.seconds)
-        return torch.where((start <= t) & (t < end), category, len(self.classes))
+        return torch.where((start <= t) & (t < end), category, len(self.classes))  # (10,)
     def read(self, i):
         paths, _ = self.files(i)
         # The middle frame of each second; released: linspace, at 3 a second in the same seconds.
@@ -293,7 +293,7 @@ class MusicAVQA(Clips):
         require(split != "train" or len(self.videos) > 1, f"{root} needs two videos to train")
     def sound(self, i):
         sound = read_wav(self.wav(i))
-        seconds = max(1, -(-len(sound) // SAMPLE_RATE))
+        seconds = max(1, -(-len(sound) // SAMPLE_RATE))  # the last one may be half silence
         return seconds_of(sound, seconds)[moments(seconds, self.moments)]      # (T,16000)
     def read(self, i):
         q, (paths, _) = self.questions[i], self.files(i)
@@ -303,7 +303,7 @@ class MusicAVQA(Clips):
         if self.split != "train":
             return item
         rng, others = np.random.default_rng(i), [v for v in self.videos if v != q["video"]]
-        draw_one = lambda items: items[rng.integers(len(items))]
+        draw_one = lambda items: items[rng.integers(len(items))]  # a video, then a frame of it
         foreign = [draw_one(video_files(self.root, draw_one(others))[0]) for _ in at]
         return (*item, torch.stack([read_frame(path, self.size) for path in foreign]))
 
@@ -399,7 +399,7 @@ INSTRUMENTS = dict(zip(("bell", "flute", "drum", "horn", "bird", "rattle"), zip(
 
 def play(name, seconds, rng):
     """One instrument for some seconds, (seconds * 16000,) float64 with unit RMS; pitch is drawn."""
-    t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE  # seconds
     pitch, phase = 2 ** rng.uniform(-0.3, 0.3), rng.uniform()
     beat = lambda rate: (t * rate * pitch + phase) % 1 / rate  # seconds since the last stroke
     noise = rng.standard_normal(len(t))
@@ -412,7 +412,7 @@ def play(name, seconds, rng):
         "bird": lambda: np.sin(2 * np.pi * (2000 + 4000 * beat(5)) * pitch * beat(5)) * (
             beat(5) < 0.12),  # upward chirps
         "rattle": lambda: np.diff(noise, prepend=0) * np.exp(-25 * beat(8))}[name]()
-    return sound / np.sqrt(np.mean(sound ** 2))
+    return sound / np.sqrt(np.mean(sound ** 2))  # unit RMS
 
 def draw(objects, size, rng):
     """A noisy scene. objects: (shape, rgb, x, y, radius), places and radius in units of the image.
@@ -441,7 +441,7 @@ def toy_images(count, size, rng):
     images, labels, grid = [], rng.integers(0, 60, count), np.arange(size)
     looks = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     for label in labels:
-        if label < 36:
+        if label < 36:  # a thing
             images.append(draw([place(looks[label], rng, 0.12, 0.3)], size, rng)[0])
         else:
             angle = (label - 36) // 3 * np.pi / 8 + rng.uniform(-0.1, 0.1)
@@ -492,7 +492,7 @@ def save_atomic(tensors, path):
 def make_toy(task, root, seed=0):
     """Write the toy data set of a task, complete or not at all."""
     require(not exists(root), f"{root} is there already; remove it or choose another folder")
-    shutil.rmtree(partial := root.rstrip("/") + ".partial", ignore_errors=True)
+    shutil.rmtree(partial := root.rstrip("/") + ".partial", ignore_errors=True)  # of a stopped run
     toys = {"ave": toy_ave, "avs": toy_avs, "avqa": toy_avqa, "ucf101": toy_ucf101}
     toys[task](partial, np.random.default_rng(seed))
     stats(task, partial, TOY_SIZE)
@@ -524,7 +524,7 @@ def toy_ave(root, rng):
     Sight alone sees a bell in seconds 0 and 2-6 and 8 and cannot tell which of them sound."""
     rows = {split: [] for split in TOY_CLIPS["ave"]}
     for split, i, _ in toy_clips("ave"):
-        name, other = rng.permutation(list(INSTRUMENTS))[:2]
+        name, other = rng.permutation(list(INSTRUMENTS))[:2]  # the event, and a distractor
         length = rng.integers(3, 8)
         start = rng.integers(0, 11 - length)
         video = f"{'-' * (rng.uniform() < 0.25)}{split}{i:04d}"  # here one in four by chance
@@ -564,7 +564,7 @@ def toy_avs(root, rng):
     rows = ["name,start,category,split"]
     for split, _, name in toy_clips("avs"):
         seen = rng.permutation(list(INSTRUMENTS))[:rng.integers(2, 4)]
-        sounding = rng.integers(len(seen))
+        sounding = rng.integers(len(seen))  # which one is heard
         images, masks = zip(*(draw(scene, TOY_SIZE, rng) for scene in moving(seen, rng)))
         sound = rng.uniform(0.05, 0.2) * play(seen[sounding], 5, rng)
         paths, wav = s4_files(root, split, name, seen[sounding])
@@ -588,7 +588,7 @@ def toy_avqa(root, rng):
         n_seen, n_heard = rng.integers(1, 3, 2)
         seen, heard = drawn[:n_seen], drawn[n_seen - both:][:n_heard]
         images = [draw(scene, TOY_SIZE, rng)[0] for scene in moving(seen, rng, seconds)]
-        order = heard[np.arange(seconds) * n_heard // seconds]
+        order = heard[np.arange(seconds) * n_heard // seconds]  # one after the other
         sound = np.concatenate([rng.uniform(0.05, 0.2) * play(name, 1, rng) for name in order])
         write_video(root, video, images, sound + 0.03 * rng.standard_normal(len(sound)))
         match, dice = seen[-1], rng.integers(4)  # match: where one is both
@@ -696,7 +696,7 @@ def check(task, root, size):
             for kind, paths in found.items():
                 for path in [*paths[:5], f"and {len(paths) - 5} more"][:len(paths)]:
                     print(f"  {kind}: {path}")
-            fails += len(found["missing"]) + len(found["corrupt"])
+            fails += len(found["missing"]) + len(found["corrupt"])  # the rest does no harm
         except InputError as error:
             print(f"{split}: {error}")
             fails += 1

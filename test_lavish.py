@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Tests: python -m pytest. Offline, no GPU, no data; each checks against an oracle that is not the
 code under test: torchvision, timm (skipped aloud if absent), a naive loop, a count by hand."""
-import collections, inspect, json, os, re, shutil, subprocess, sys, time, wave
+import collections, functools, inspect, json, os, re, shutil, subprocess, sys, time, wave
 from pathlib import Path
 from unittest.mock import Mock, patch
 import numpy as np, pytest
 import torch, torch.nn as nn, torch.nn.functional as F, torchvision
 import data, lavish, train
 from lavish import InputError, Lavish, LavishAdapter, WindowAttention, fbank, make_backbone
-
 PYTHON, HERE = sys.executable, str(Path(__file__).parent)
 NANO = "--backbone=nano --weights=none --image-size=48 --workers=0 --device=cpu --out=run".split()
 AVS_ROWS = "-train 1,0,tabla,train\n-val 1,0,tabla,val\n-test 1,0,tabla,test"
@@ -146,7 +145,7 @@ def test_window_attention_equals_torchvisions_for_any_window(side, w, shift):
     other.load_state_dict(attn.state_dict(), strict=False)  # all but its tables
     wanted = other(x.unflatten(1, (side, side))).flatten(1, 2)
     assert (attn(x) - wanted).abs().max() < 1e-5
-def test_microsoft_checkpoint_loads_from_a_path_with_a_space(monkeypatch):
+def test_microsoft_checkpoint_loads_from_a_path_with_a_space():
     swin, path, x = tiny_swin(), "swin v2.pth", images(2)[0]
     state = {"head.weight": torch.zeros(5, 64), "layers.0.blocks.1.attn_mask": torch.zeros(4, 16)}
     names = ("features.0.0 patch_embed.proj features.0.2 patch_embed.norm mlp.0 mlp.fc1 "
@@ -160,9 +159,7 @@ def test_microsoft_checkpoint_loads_from_a_path_with_a_space(monkeypatch):
             q, _, v = state.pop(key).chunk(3)
             state.update({key.replace("qkv.", "q_"): q, key.replace("qkv.", "v_"): v})
     torch.save({"model": state}, path)
-    settings = lavish.SwinV2, (16, (2, 2, 2), (2, 2, 4), 4), 32, None
-    monkeypatch.setitem(lavish.BACKBONES, "test", settings)
-    lavish.load_pretrained(loaded := make_backbone("test").eval(), data.load_file(path))
+    lavish.load_pretrained(loaded := randomise(tiny_swin(), seed=1), data.load_file(path))
     assert torch.equal(loaded(x)[-1], swin(x)[-1])
 @pytest.mark.parametrize("key, tensor, fault", [
     ("norm.weight", None, "norm.weight is missing"), ("more", torch.zeros(1), "not wanted"),
@@ -234,12 +231,10 @@ def test_adapter_equals_the_equations_by_torchs_own_attention_and_convolution(tr
     wanted = adapter.gate * bottleneck(fused.flatten(0, 1)).view(x.shape)
     assert (adapter(x, y) - wanted).abs().max() < 1e-5
 def test_adapter_stands_alone_in_sixty_lines_and_is_what_stays_trainable():
-    source, scope = inspect.getsource(LavishAdapter), {}
-    assert source.count("\n") <= 60
-    exec("import torch, torch.nn as nn, torch.nn.functional as F\n" + source, scope)
+    assert (source := inspect.getsource(LavishAdapter)).count("\n") <= 60
+    exec("import torch, torch.nn as nn, torch.nn.functional as F\n" + source, scope := {})
     assert scope["LavishAdapter"](32)(*torch.randn(2, 2, 9, 32)).shape == (2, 9, 32)
-    fault = "dim 20 is no multiple of reduction 8 x groups 2"
-    refuses(fault, scope["LavishAdapter"], 20, error=ValueError)
+    refuses("20 is no multiple of .* 8 x groups 2", scope["LavishAdapter"], 20, error=ValueError)
 @torch.no_grad()
 def test_the_readmes_block_gives_a_torchvision_vit_adapters_and_trains_them_alone(monkeypatch):
     vit, x = torchvision.models.vit_b_16().eval(), images(2, 2, size=224)[0]
@@ -287,9 +282,8 @@ def gradients(model, inputs):
     trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in trained.values())  # every part of it learns
     return dict(enumerate(outputs)) | trained
-def as_released():
-    """From here on this process computes as the authors' release does: a pass per stream, position
-    biases anew in every block, convolutions between transposes, TPAVI over all pairs of pixels."""
+def as_released():  # a pass per stream, biases anew in each block, transposes, all pairs of pixels
+    """The baseline of `train.py bench`: from here on this process computes as the release does."""
     def update(net, x, block, adapters, drop):
         v, a = x.chunk(2)                                                      # (B,N,d) each
         for branch, lav in zip(net.backbone.branches(block), adapters):
@@ -322,17 +316,20 @@ def test_recomputed_activations_and_the_released_way_give_the_same_gradients(hea
     as_released()
     theirs = gradients(tiny_head(head)[0].double(), inputs)
     assert all((ours[k] - theirs[k]).abs().max() < 1e-6 * (1 + theirs[k].abs().max()) for k in ours)
-def test_bf16_is_close_and_trains_in_fp32(toy):
+def test_bf16_is_close_and_trains_in_fp32_and_compiled_is_the_same(toy, monkeypatch):
     logits, inputs = {}, images(2, 3, size=48)
-    for precision in ("fp32", "bf16"):
-        args = train.parse(["ave", f"--data={toy}/ave", "--precision", precision, "--device=cpu"])
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for more in ("--precision=fp32", "--precision=bf16", "--compile"):
+        args = train.parse(["ave", f"--data={toy}/ave", more, "--device=cpu"])
         model = randomise(lavish.AVE(train.build_net(args), 4))
-        logits[precision] = train.prepare(args, model.train())[0](*inputs)
-        logits[precision].sum().backward()
+        logits[more] = train.prepare(args, model.train())[0](*inputs)
+        logits[more].sum().backward()
         assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    assert model.net.backbone.stages[0][0][0].mlp[0].weight.dtype == torch.bfloat16
-    error = (logits["bf16"] - logits["fp32"]).std() / logits["fp32"].std()
-    assert logits["bf16"].dtype == torch.float32 and 1e-4 < error < 0.1
+        matrix = model.net.backbone.stages[0][0][0].mlp[0].weight
+        assert (matrix.dtype == torch.bfloat16) == ("bf16" in more)
+    fp32, bf16, compiled = logits.values()
+    assert bf16.dtype == torch.float32 and 1e-4 < (bf16 - fp32).std() / fp32.std() < 0.1
+    assert torch.allclose(compiled, fp32, atol=1e-5)
 def test_training_changes_adapters_and_head_only_and_they_are_what_a_checkpoint_holds():
     model, inputs = tiny_head("ave")
     assert (logits := model(*inputs)).shape == (2, 3, 4)
@@ -343,8 +340,7 @@ def test_training_changes_adapters_and_head_only_and_they_are_what_a_checkpoint_
     same(model.net.backbone.state_dict(), tiny_swin().state_dict())
     assert not any(module.training for module in model.net.backbone.modules())
     state = lavish.trained_state_dict(model)
-    assert not any("backbone" in key for key in state)
-    assert "net.adapters.0.0.visual.bn_up.running_mean" in state
+    assert "net.adapters.0.0.visual.bn_up.running_mean" in state and "backbone" not in str([*state])
     lavish.load_trained_state_dict(other := lavish.AVE(Lavish(tiny_swin(), 3, 4), 4), state)
     assert torch.equal(model.eval()(*inputs), other.eval()(*inputs))
     with pytest.raises(InputError, match=r"another configuration.*latents is \(3, 16\), not \(2,"):
@@ -474,15 +470,8 @@ def toy(tmp_path_factory):
         data.make_toy("ave", str(folder / "ave"))
     state, nano = torch.get_rng_state(), train.pretrain_nano(str(folder / "nano.pt"), "cpu", 3, 4)
     assert torch.equal(state, torch.get_rng_state())  # --seed holds in the first run too
+    assert train.pretrain_nano(nano, "cpu", steps=0) == nano  # found, not done again
     return folder
-def test_nano_is_pretrained_once_and_toy_clips_need_both_senses(toy):
-    nano, dataset = toy / "nano.pt", data.AVE(str(toy / "ave"), "train", 48)
-    written = nano.stat().st_mtime
-    assert train.pretrain_nano(str(nano), "cpu") == str(nano) and nano.stat().st_mtime == written
-    assert len(dataset) == 6 and not any(data.survey(dataset, read=True).values())
-    assert abs(dataset[0][1].mean()) < 1 and 0.2 < dataset[0][1].std() < 1  # the spectrograms
-    events = torch.stack([dataset.labels(i) for i in range(6)]) < len(dataset.classes)
-    assert 0.3 <= events.float().mean() <= 0.7
 def test_ucf101_labels_are_folders_and_a_missing_sound_is_silence(monkeypatch):
     monkeypatch.setitem(data.TOY_CLIPS, "ucf101", {"train": 4, "val": 2, "test": 2})
     data.make_toy("ucf101", "ucf")
@@ -529,9 +518,6 @@ def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy,
         changed = vars(parse("--" + option.replace("_", "-"), str(value)))
         assert changed[option] == value != plain[option]
         assert f"args.{option}" in source, f"--{option} is read nowhere"
-    shapes = "--latents=5 --reduction=4 --groups=4 --modality=v".split()
-    nets = [train.build_net(parse(*more)) for more in ([], *zip(shapes), shapes[1:3])]
-    assert len({lavish.count_parameters(net)[0] for net in nets}) == 6
     args = train.parse(["ave", "--data", "ave data"])
     assert (args.backbone, args.image_size, args.latents, args.reduction, args.groups,
             args.batch_size, args.lr, args.head_lr) == ("large", 192, 2, 8, 2, 2, 5e-6, 4e-6)
@@ -539,7 +525,6 @@ def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy,
     ("ave", "ave data", lambda p: p.rename("no"), "no data folder ave data; make one: data.py toy"),
     ("ave", "*/valSet.txt", Path.unlink, "no .*valSet.txt"),
     ("ave", "*/*/x_1/*", Path.unlink, "1 of 2 clips .*x_1/0001.jpg; made .* data.py extract"),
-    ("ave", "**/x_1.wav", Path.unlink, "1 of 2 clips lack .* first .*x_1.wav"),
     ("ave", "**/x_1.wav", holds(b""), "x_1.wav is not a PCM wav .*ends too early.*convert"),
     ("ave", "**/00000000.jpg", holds(b"\0\1"), "00000000.jpg is not a readable image"),
     ("ave --workers 1", "**/00000000.jpg", holds(b"\0\1"), "00000000.jpg is not a readable image"),
@@ -560,8 +545,7 @@ def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy,
     ("avqa", "*/*-val*", swap("anser", "answer"), "question 1: .*anser.* is missing or wrong"),
     ("avqa", "*/*-val*", swap("Is the", "Was the"), "question 0 of val: 'Was' is in no training"),
     ("avqa", "*/*-val*", swap('"no"', '"maybe"'), "question 0 of val: 'maybe' is in no training"),
-    ("avqa", "*/*-val*", swap("than the", "than the the the"), "this has over 7 words"),
-    ("avqa", "*/*-val*", swap("-00 1", "gone"), "1 of 1 clips lack files, first .*gone/0001.jpg")])
+    ("avqa", "*/*-val*", swap("than the", "than the the the"), "this has over 7 words")])
 def test_bad_input_ends_in_one_line(roots, monkeypatch, capsys, command, path, damage, fault):
     task, *options = command.split()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
@@ -601,7 +585,6 @@ def test_a_killed_run_resumes_bit_for_bit(toy, capsys):
     train.main(arguments)
     arguments[-1], line = "--out=killed run", Path("killed run/log.jsonl")
     kill_when(lambda: line.exists() and len(log("killed run")) > 1, "train.py", *arguments)
-    assert not Path("killed run/result.json").exists()
     assert "add --resume to go on" in one_line_error(capsys, *arguments)
     assert "other settings: lr" in one_line_error(capsys, *arguments, "--lr=1", "--resume")
     train.main([*arguments, "--resume"])
@@ -750,8 +733,7 @@ def test_clips_of_others(name, seconds):
     ("**/x_1.wav", hiss(level=0), "  silent: {}"), ("**/x_1.wav", cut(44), "  short: {}"),
     ("**/x_1.wav", Path.unlink, "  missing: {}"),
     ("s4_meta_data.csv", swap("name,start,category,split\n", ""), ""),
-    ("avqa-test.json", cut(-9), "test: {} is not the JSON of MUSIC-AVQA"),
-    ("testSet.txt", holds(b"a word"), "test: {}, line 1: 'a word' is not Category")])
+    ("avqa-test.json", cut(-9), "test: {} is not the JSON of MUSIC-AVQA")])
 def test_damaged_files_are_found_and_the_others_read(roots, file, damage, said):
     task = {"s4_m": "avs", "avqa": "avqa"}.get(file[:4], "ave")
     damage(path := next(Path(f"{task} data").glob(file)))
@@ -766,4 +748,3 @@ def test_commands_run_as_a_person_types_them(toy):
     assert "10.04   10.1    238.83  238.8" in python("lavish.py")[1]
     assert "kept in" in python("data.py", "stats", "ave", toy / "ave", "--size", "64")[1]
     assert set(json.loads((toy / "ave/fbank.json").read_text())) == {"48", "64"}
-    assert python("data.py", "stats", "ave", toy / "nothing")[0] == 2
