@@ -6,9 +6,8 @@
     python data.py stats TASK DIR [--size S]        mean and std of its spectrograms, kept in DIR
     python data.py toy TASK DIR [--seed N]          write the toy data set (train.py does, too)
 
-TASK is ave, avs, avqa or ucf101; S the side of the images, 192. Read in this order: read_wav and
-read_frame, the data sets, the toy world (its instruments' looks and sounds), the toys made of it,
-the commands."""
+TASK is ave, avs, avqa or ucf101; S the side of the images, 192. From top to bottom: sound and
+frames, the data sets, the toy world and the toy data sets made of it, files, the commands."""
 import argparse, collections, csv, io, json, multiprocessing.pool, os, shutil, subprocess, sys, wave
 from os.path import basename, dirname, exists, isdir, join, splitext
 from pathlib import Path
@@ -96,16 +95,6 @@ def read_lines(path):
     require(lines, f"no {path}, or nothing in it; the README says what a data folder holds")
     return lines
 
-def load_file(path):
-    """torch.load for tensors alone: a file from a stranger cannot run code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no weights at {path}; check the path") from None
-    except Exception as error:  # what torch raises for a file that is none is not documented
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
-
 def known_stats(root):  # {"192": [mean, std], ...}, by the size of the spectrogram image
     path = join(root, "fbank.json")
     return json.loads(read_lines(path)[0]) if exists(path) else {}
@@ -114,35 +103,6 @@ def read_clip(paths, seconds, size, stats):
     """T paths of frames, sound (T,16000) -> frames (T,3,S,S), spectrograms (T,S,S)."""
     return (torch.stack([read_frame(path, size) for path in paths]),           # (T,3,S,S)
             torch.stack([fbank(second, size, *stats) for second in seconds]))  # (T,S,S)
-
-def survey(dataset, read=False):
-    """What is amiss with a split's files, as {kind: [path or line]}: missing, short and odd rate;
-    with read=True every clip is read, and there are also corrupt and silent."""
-    found = {kind: [] for kind in ("missing", "corrupt", "silent", "short", "odd rate")}
-    for i in bar(one_per_sound(dataset), f"check {dataset.split}"):
-        images, wav = dataset.files(i)
-        lost = [path for path in (*images, wav) if path and not exists(path)]
-        if lost or wav is None:
-            found["missing" if lost else "silent"].append([*lost, f"all of {images[0]}"][0])
-            continue
-        try:
-            with open_wav(wav) as file:
-                rate, width = file.getframerate(), file.getnchannels() * file.getsampwidth()
-                # What the file holds, whatever its header says.
-                samples = min(file.getnframes(), (os.path.getsize(wav) - 44) // width)
-            found["short"] += [wav] * (samples < dataset.seconds * rate)
-            found["odd rate"] += [wav] * (rate != SAMPLE_RATE)  # will be resampled
-            if read and dataset[i] and dataset.sound(i).abs().max() < 1e-4:  # of full scale
-                found["silent"].append(wav)
-        except InputError as error:
-            if not read:
-                raise
-            found["corrupt"].append(str(error))
-    return found
-
-def one_per_sound(dataset):
-    """An item for each sound: the questions of MUSIC-AVQA share their videos."""
-    return list({dataset.wav(i): i for i in reversed(range(len(dataset)))}.values())[::-1]
 
 class Clips(torch.utils.data.Dataset):
     """What the data sets share. files(i): the pictures of an item and its sound, None if it need
@@ -352,10 +312,9 @@ class UCF101(Clips):
         root/video_frames/ID/*.jpg, root/raw_audio/ID.wav      as for AVE, 8 frames a second or more
 
     item: frames (16,3,S,S), evenly over the clip; spectrograms (8,S,S), of the second around each
-    two frames; label () int64; audible () bool: half of the classes have no sound, and where a wav
-    is missing is silence. The label is the folder's in the list, for file names differ in case
-    (HandstandPushups/v_HandStandPushups_g01_c01.avi). val: groups 24 and 25 of training (a group
-    is cut from one video), as the official lists have none."""
+    two frames; label () int64; audible () bool: a missing wav is silence. The label is the folder's
+    in the list, for file names differ in case (HandstandPushups/v_HandStandPushups_g01_c01.avi).
+    val: groups 24 and 25 of training (a group is cut from one video): no official list has one."""
     task, fact, seconds, remedy = "ucf101", "classes", 0, "the README says how they are made"
     def __init__(self, root, split, size):
         super().__init__(root, split, size)
@@ -452,6 +411,7 @@ def toy_images(count, size, rng):
             images.append(torch.from_numpy(np.clip(image, 0, 255).astype(np.uint8)))
     return torch.stack(images), torch.from_numpy(labels)
 
+# ---------------------------------------------------------------- the toy data sets
 def write_video(root, video, images, sound):
     """A toy video as files, extracted already: (T,3,S,S) uint8 images, (N,) sound."""
     folder, wav = video_paths(root, video)
@@ -469,25 +429,6 @@ def write_clip(paths, images, wav, sound):
         with wave.open(wav, "wb") as file:
             file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
             file.writeframes((np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes())
-
-def bar(iterable, text, total=None):
-    """A progress bar on a terminal, nothing in a log file."""
-    return tqdm(iterable, text, total, leave=False, disable=None, ncols=79)
-
-def write_atomic(path, content):
-    """Write bytes under a temporary name, then rename: the file is there whole or not at all."""
-    partial = Path(path + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # after a full disk, say
-
-def write_lines(lines, path):
-    write_atomic(path, ("\n".join(lines) + "\n").encode())
-def save_atomic(tensors, path):
-    torch.save(tensors, file := io.BytesIO())
-    write_atomic(path, file.getvalue())
 
 def make_toy(task, root, seed=0):
     """Write the toy data set of a task, complete or not at all."""
@@ -632,7 +573,66 @@ def toy_ucf101(root, rng):
     for name, lines in lists.items():
         write_lines(lines, join(root, name + ".txt"))
 
+# ---------------------------------------------------------------- files, whole or not at all
+def bar(iterable, text, total=None):
+    """A progress bar on a terminal, nothing in a log file."""
+    return tqdm(iterable, text, total, leave=False, disable=None, ncols=79)
+
+def write_atomic(path, content):
+    """Write bytes under a temporary name, then rename: the file is there whole or not at all."""
+    partial = Path(path + ".partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # after a full disk, say
+
+def write_lines(lines, path):
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+def save_atomic(tensors, path):
+    torch.save(tensors, file := io.BytesIO())
+    write_atomic(path, file.getvalue())
+
+def load_file(path):
+    """torch.load for tensors alone: a file from a stranger cannot run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no weights at {path}; check the path") from None
+    except Exception as error:  # what torch raises for a file that is none is not documented
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
+
 # ---------------------------------------------------------------- commands
+def survey(dataset, read=False):
+    """What is amiss with a split's files, as {kind: [path or line]}: missing, short and odd rate;
+    with read=True every clip is read, and there are also corrupt and silent."""
+    found = {kind: [] for kind in ("missing", "corrupt", "silent", "short", "odd rate")}
+    for i in bar(one_per_sound(dataset), f"check {dataset.split}"):
+        images, wav = dataset.files(i)
+        lost = [path for path in (*images, wav) if path and not exists(path)]
+        if lost or wav is None:
+            found["missing" if lost else "silent"].append([*lost, f"all of {images[0]}"][0])
+            continue
+        try:
+            with open_wav(wav) as file:
+                rate, width = file.getframerate(), file.getnchannels() * file.getsampwidth()
+                # What the file holds, whatever its header says.
+                samples = min(file.getnframes(), (os.path.getsize(wav) - 44) // width)
+            found["short"] += [wav] * (samples < dataset.seconds * rate)
+            found["odd rate"] += [wav] * (rate != SAMPLE_RATE)  # will be resampled
+            if read and dataset[i] and dataset.sound(i).abs().max() < 1e-4:  # of full scale
+                found["silent"].append(wav)
+        except InputError as error:
+            if not read:
+                raise
+            found["corrupt"].append(str(error))
+    return found
+
+def one_per_sound(dataset):
+    """An item for each sound: the questions of MUSIC-AVQA share their videos."""
+    return list({dataset.wav(i): i for i in reversed(range(len(dataset)))}.values())[::-1]
+
 def extract_video(path, out):
     """OUT/video_frames/ID/NNNN.jpg, a frame from the middle of each second, and OUT/raw_audio/
     ID.wav, 16 kHz mono. Returns the ID, which is the file's name without its ending."""

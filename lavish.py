@@ -26,8 +26,8 @@ Glossary
     visual, audio                            per stage, the tokens of the two streams
 
 Read in the order in which data flows: fbank, SwinV2, LavishAdapter, Lavish, then the task you want:
-AVE, AVS, AVQA or UCF101; the other backbones may be skipped. The end has the two verbs people copy,
-and `python lavish.py` prints the parameter counts.
+AVE, AVS, AVQA or UCF101. After them come the other backbones, how weights are loaded, and the two
+verbs people copy. `python lavish.py` prints the parameter counts.
 """
 import functools, math, re
 
@@ -74,6 +74,7 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
 #     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
 #     names(state dict): (pattern, replacement) that turn other people's parameter names into ours
 # Parameter names are torchvision's.
+
 def stage_tokens(backbone, images, update=None):
     """forward of all backbones: images (B,3,S,S) -> list of tokens (B,N,d) at the end of each
     stage, before merging, the last after the final norm. update(x, block): what a block does."""
@@ -245,119 +246,6 @@ def stage_sides(size, stages, window):
     require(size in fit, f"image size {size} does not divide into windows of {window}; do: {fit}")
     return sides(size)
 
-# ---------------------------------------------------------------- backbones of the supplementary
-class ViT(torchvision.models.VisionTransformer):
-    """Vision Transformer (Dosovitskiy et al., ICLR 2021): one stage, class token first. Pre-norm:
-    x <- x + attn(norm1(x)), then x <- x + mlp(norm2(x)). Patches of 16 x 16 pixels."""
-    forward, norm = stage_tokens, property(lambda self: self.encoder.ln)
-
-    def __init__(self, layers, heads, dim, image_size):
-        require(image_size % 16 == 0, f"image size {image_size} is no multiple of 16")
-        super().__init__(image_size, 16, layers, heads, dim, 4 * dim)
-        self.dims, self.heads = [dim], nn.Identity()
-        self.stages = [(self.encoder.layers, nn.Identity())]
-
-    def embed(self, images):
-        tokens = [self.class_token.expand(len(images), -1, -1), self._process_input(images)]
-        return torch.cat(tokens, 1) + self.encoder.pos_embedding               # (B,1+(S/16)^2,d)
-
-    def branches(self, block):
-        return (lambda x: block.self_attention(*3 * [block.ln_1(x)], need_weights=False)[0],
-                lambda x: block.mlp(block.ln_2(x)))
-    names = lambda self, state: (  # timm's and VideoMAE's (whose fc_norm comes after the mean)
-        (r"^encoder\.(?=patch_embed|blocks|norm)", ""), ("^patch_embed.proj", "conv_proj"),
-        ("^cls_token", "class_token"), ("^pos_embed$", "encoder.pos_embedding"),
-        (r"^blocks\.", "encoder.layers.encoder_layer_"), (r"\.norm([12])", r".ln_\1"),
-        (r"^(fc_)?norm\.", "encoder.ln."), (r"attn\.qkv\.", "self_attention.in_proj_"),
-        (r"attn\.proj", "self_attention.out_proj"))
-
-class VideoMAE(ViT):
-    """VideoMAE's encoder (Tong et al., NeurIPS 2022): one token per tubelet, 2 frames of 16 x 16
-    pixels; fixed sine positions, no class token. 16 images in a row are taken as one clip; a
-    spectrogram comes as a still of two frames, so that it is a tubelet in each place."""
-    def __init__(self, layers, heads, dim, image_size):
-        super().__init__(layers, heads, dim, image_size)
-        del self.class_token, self.encoder.pos_embedding
-        self.conv_proj = nn.Conv3d(3, dim, (2, 16, 16), (2, 16, 16))
-        place = torch.arange(8 * (image_size // 16) ** 2)[:, None]
-        angle = place / 10000 ** (torch.arange(0, dim, 2) / dim)               # (N,d/2)
-        positions = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)     # sin, cos, sin, ...
-        self.register_buffer("positions", positions, persistent=False)
-
-    def embed(self, images):
-        x = self.conv_proj(images.unflatten(0, (-1, 16)).transpose(1, 2))      # (B,d,8,S/16,S/16)
-        return x.flatten(2).transpose(1, 2) + self.positions                   # (B,8*(S/16)^2,d)
-
-class ResNet(torchvision.models.ResNet):
-    """Residual network (He et al., CVPR 2016). A block that changes the shape only merges; any
-    other, relu(x + f(x)), is one branch: x <- x + (relu(x + f(x)) - x)."""
-    forward, names = stage_tokens, lambda self, state: ()
-
-    def __init__(self, depths, image_size):
-        super().__init__(torchvision.models.resnet.Bottleneck, depths)
-        self.dims, self.image_size = [256, 512, 1024, 2048], image_size
-        self.fc = self.norm = nn.Identity()
-        layers = self.layer1, self.layer2, self.layer3, self.layer4
-        merges = [functools.partial(on_maps, layer[0]) for layer in layers[1:]]
-        self.stages = [(layer[1:], merge) for layer, merge in zip(layers, [*merges, self.norm])]
-
-    def embed(self, images):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))              # (B,64,S/4,S/4)
-        return self.layer1[0](x).flatten(2).transpose(1, 2)                    # (B,(S/4)^2,256)
-
-    def branches(self, block):
-        return [lambda x: on_maps(block, x) - x]
-
-def to_maps(tokens):  # (B,H*H,d) -> (B,d,H,H)
-    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
-
-def on_maps(module, tokens):  # (B,H*H,d) -> (B,H'*H',d')
-    return module(to_maps(tokens)).flatten(2).transpose(1, 2)
-
-BACKBONES = {  # name: (class, its settings, image size and name of the published weights)
-    "nano": (SwinV2, (32, (2, 2, 2), (2, 4, 8), 6), 48, None),  # the toy's
-    "tiny": (SwinV2, (96, (2, 2, 6, 2), (3, 6, 12, 24), 8), 256, "swin_v2_t"),  # torchvision's
-    "small": (SwinV2, (96, (2, 2, 18, 2), (3, 6, 12, 24), 8), 256, "swin_v2_s"),
-    "base": (SwinV2, (128, (2, 2, 18, 2), (4, 8, 16, 32), 8), 256, "swin_v2_b"),
-    "base12": (SwinV2, (128, (2, 2, 18, 2), (4, 8, 16, 32), 12), 192, "base"),  # Microsoft's
-    "large": (SwinV2, (192, (2, 2, 18, 2), (6, 12, 24, 48), 12), 192, "large"),  # the paper's
-    "vit_tiny": (ViT, (12, 3, 192), 224, None), "vit_small": (ViT, (12, 6, 384), 224, None),
-    "vit_base": (ViT, (12, 12, 768), 224, "vit_b_16"),
-    "vit_large": (ViT, (24, 16, 1024), 224, "vit_l_16"),
-    "videomae": (VideoMAE, (12, 12, 768), 224, None),
-    "videomae_nano": (VideoMAE, (4, 4, 64), 48, None),  # the toy's
-    "resnet152": (ResNet, ((3, 8, 36, 3),), 224, "resnet152")}
-
-def make_backbone(name, image_size=None):
-    """A backbone with random weights, by name (a key of BACKBONES), for images of the size it was
-    published for unless told."""
-    require(name in BACKBONES, f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
-    kind, settings, native, _ = BACKBONES[name]
-    return kind(*settings, image_size or native, *[native] * (kind is SwinV2))
-
-def load_pretrained(backbone, state_dict):
-    """Load weights under their publisher's names; what does not fit is an InputError."""
-    state = state_dict.get("model", state_dict.get("module", state_dict))
-    # Neither classifier nor decoder is used, and the tables follow from the window.
-    unused = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_(position|coords)|attn_mask"
-    state = {key: tensor for key, tensor in state.items() if not re.search(unused, key)}
-    for key in [key for key in state if key.endswith("q_bias")]:  # keys have none
-        q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
-        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    mlps = (r"mlp\.(fc|linear_)1", "mlp.0"), (r"mlp\.(fc|linear_)2", "mlp.3")  # of all publishers
-    for old, new in (*backbone.names(state), *mlps):
-        state = {re.sub(old, new, key): tensor for key, tensor in state.items()}
-    load_checked(backbone, backbone.state_dict(), state, "the weights do not fit this backbone")
-
-def load_checked(model, wanted, found, what):
-    """Load the state dict `found`. Its keys and shapes are to be those of `wanted`, a part or all
-    of the model's own; an InputError names what is missing, extra or misshaped."""
-    wanted, shapes = ({k: tuple(t.shape) for k, t in d.items()} for d in (wanted, found))
-    faults = [f"{k} is {shapes.get(k, 'missing')}, not {wanted.get(k, 'wanted')}"
-              for k in {**wanted, **shapes} if wanted.get(k) != shapes.get(k)]
-    require(not faults, f"{what}: {'; '.join(faults[:8] + ['...'] * (len(faults) > 8))}")
-    model.load_state_dict(found, strict=False)
-
 # ---------------------------------------------------------------- the adapter
 class LavishAdapter(nn.Module):
     """One stream's update from the other stream, through m latent tokens (Sec. 3.2).
@@ -489,6 +377,9 @@ class AVE(nn.Module):
     def forward(self, frames, spectrograms, *extra):
         pooled = self.net.pooled(frames, spectrograms)                         # (B,T,2d)
         return self.head(torch.cat([pooled, *extra], -1)).float()
+
+def to_maps(tokens):  # (B,H*H,d) -> (B,d,H,H)
+    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 class TPAVI(nn.Module):
     """Temporal pixel-wise audio-visual interaction (AVSBench, ECCV 2022): every pixel of a clip
@@ -663,6 +554,117 @@ class UCF101(nn.Module):
         # VideoMAE has one vector for a clip; a backbone of images 16, to be averaged.
         pooled = self.net.pooled(frames, spectrograms.repeat_interleave(2, 1)).mean(1)  # (B,2d)
         return self.head(pooled).float()
+
+# ---------------------------------------------------------------- the supplementary's backbones
+class ViT(torchvision.models.VisionTransformer):
+    """Vision Transformer (Dosovitskiy et al., ICLR 2021): one stage, class token first. Pre-norm:
+    x <- x + attn(norm1(x)), then x <- x + mlp(norm2(x)). Patches of 16 x 16 pixels."""
+    forward, norm = stage_tokens, property(lambda self: self.encoder.ln)
+
+    def __init__(self, layers, heads, dim, image_size):
+        require(image_size % 16 == 0, f"image size {image_size} is no multiple of 16")
+        super().__init__(image_size, 16, layers, heads, dim, 4 * dim)
+        self.dims, self.heads = [dim], nn.Identity()
+        self.stages = [(self.encoder.layers, nn.Identity())]
+
+    def embed(self, images):
+        tokens = [self.class_token.expand(len(images), -1, -1), self._process_input(images)]
+        return torch.cat(tokens, 1) + self.encoder.pos_embedding               # (B,1+(S/16)^2,d)
+
+    def branches(self, block):
+        return (lambda x: block.self_attention(*3 * [block.ln_1(x)], need_weights=False)[0],
+                lambda x: block.mlp(block.ln_2(x)))
+    names = lambda self, state: (  # timm's and VideoMAE's (whose fc_norm comes after the mean)
+        (r"^encoder\.(?=patch_embed|blocks|norm)", ""), ("^patch_embed.proj", "conv_proj"),
+        ("^cls_token", "class_token"), ("^pos_embed$", "encoder.pos_embedding"),
+        (r"^blocks\.", "encoder.layers.encoder_layer_"), (r"\.norm([12])", r".ln_\1"),
+        (r"^(fc_)?norm\.", "encoder.ln."), (r"attn\.qkv\.", "self_attention.in_proj_"),
+        (r"attn\.proj", "self_attention.out_proj"))
+
+class VideoMAE(ViT):
+    """VideoMAE's encoder (Tong et al., NeurIPS 2022): one token per tubelet, 2 frames of 16 x 16
+    pixels; fixed sine positions, no class token. 16 images in a row are taken as one clip; a
+    spectrogram comes as a still of two frames, so that it is a tubelet in each place."""
+    def __init__(self, layers, heads, dim, image_size):
+        super().__init__(layers, heads, dim, image_size)
+        del self.class_token, self.encoder.pos_embedding
+        self.conv_proj = nn.Conv3d(3, dim, (2, 16, 16), (2, 16, 16))
+        place = torch.arange(8 * (image_size // 16) ** 2)[:, None]
+        angle = place / 10000 ** (torch.arange(0, dim, 2) / dim)               # (N,d/2)
+        positions = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)     # sin, cos, sin, ...
+        self.register_buffer("positions", positions, persistent=False)
+
+    def embed(self, images):
+        x = self.conv_proj(images.unflatten(0, (-1, 16)).transpose(1, 2))      # (B,d,8,S/16,S/16)
+        return x.flatten(2).transpose(1, 2) + self.positions                   # (B,8*(S/16)^2,d)
+
+class ResNet(torchvision.models.ResNet):
+    """Residual network (He et al., CVPR 2016). A block that changes the shape only merges; any
+    other, relu(x + f(x)), is one branch: x <- x + (relu(x + f(x)) - x)."""
+    forward, names = stage_tokens, lambda self, state: ()
+
+    def __init__(self, depths, image_size):
+        super().__init__(torchvision.models.resnet.Bottleneck, depths)
+        self.dims, self.image_size = [256, 512, 1024, 2048], image_size
+        self.fc = self.norm = nn.Identity()
+        layers = self.layer1, self.layer2, self.layer3, self.layer4
+        merges = [functools.partial(on_maps, layer[0]) for layer in layers[1:]]
+        self.stages = [(layer[1:], merge) for layer, merge in zip(layers, [*merges, self.norm])]
+
+    def embed(self, images):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))              # (B,64,S/4,S/4)
+        return self.layer1[0](x).flatten(2).transpose(1, 2)                    # (B,(S/4)^2,256)
+
+    def branches(self, block):
+        return [lambda x: on_maps(block, x) - x]
+
+def on_maps(module, tokens):  # (B,H*H,d) -> (B,H'*H',d')
+    return module(to_maps(tokens)).flatten(2).transpose(1, 2)
+
+# ---------------------------------------------------------------- backbones and weights by name
+BACKBONES = {  # name: (class, its settings, image size and name of the published weights)
+    "nano": (SwinV2, (32, (2, 2, 2), (2, 4, 8), 6), 48, None),  # the toy's
+    "tiny": (SwinV2, (96, (2, 2, 6, 2), (3, 6, 12, 24), 8), 256, "swin_v2_t"),  # torchvision's
+    "small": (SwinV2, (96, (2, 2, 18, 2), (3, 6, 12, 24), 8), 256, "swin_v2_s"),
+    "base": (SwinV2, (128, (2, 2, 18, 2), (4, 8, 16, 32), 8), 256, "swin_v2_b"),
+    "base12": (SwinV2, (128, (2, 2, 18, 2), (4, 8, 16, 32), 12), 192, "base"),  # Microsoft's
+    "large": (SwinV2, (192, (2, 2, 18, 2), (6, 12, 24, 48), 12), 192, "large"),  # the paper's
+    "vit_tiny": (ViT, (12, 3, 192), 224, None), "vit_small": (ViT, (12, 6, 384), 224, None),
+    "vit_base": (ViT, (12, 12, 768), 224, "vit_b_16"),
+    "vit_large": (ViT, (24, 16, 1024), 224, "vit_l_16"),
+    "videomae": (VideoMAE, (12, 12, 768), 224, None),
+    "videomae_nano": (VideoMAE, (4, 4, 64), 48, None),  # the toy's
+    "resnet152": (ResNet, ((3, 8, 36, 3),), 224, "resnet152")}
+
+def make_backbone(name, image_size=None):
+    """A backbone with random weights, by name (a key of BACKBONES), for images of the size it was
+    published for unless told."""
+    require(name in BACKBONES, f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+    kind, settings, native, _ = BACKBONES[name]
+    return kind(*settings, image_size or native, *[native] * (kind is SwinV2))
+
+def load_pretrained(backbone, state_dict):
+    """Load weights under their publisher's names; what does not fit is an InputError."""
+    state = state_dict.get("model", state_dict.get("module", state_dict))
+    # Neither classifier nor decoder is used, and the tables follow from the window.
+    unused = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_(position|coords)|attn_mask"
+    state = {key: tensor for key, tensor in state.items() if not re.search(unused, key)}
+    for key in [key for key in state if key.endswith("q_bias")]:  # keys have none
+        q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    mlps = (r"mlp\.(fc|linear_)1", "mlp.0"), (r"mlp\.(fc|linear_)2", "mlp.3")  # of all publishers
+    for old, new in (*backbone.names(state), *mlps):
+        state = {re.sub(old, new, key): tensor for key, tensor in state.items()}
+    load_checked(backbone, backbone.state_dict(), state, "the weights do not fit this backbone")
+
+def load_checked(model, wanted, found, what):
+    """Load the state dict `found`. Its keys and shapes are to be those of `wanted`, a part or all
+    of the model's own; an InputError names what is missing, extra or misshaped."""
+    wanted, shapes = ({k: tuple(t.shape) for k, t in d.items()} for d in (wanted, found))
+    faults = [f"{k} is {shapes.get(k, 'missing')}, not {wanted.get(k, 'wanted')}"
+              for k in {**wanted, **shapes} if wanted.get(k) != shapes.get(k)]
+    require(not faults, f"{what}: {'; '.join(faults[:8] + ['...'] * (len(faults) > 8))}")
+    model.load_state_dict(found, strict=False)
 
 # ---------------------------------------------------------------- two verbs to copy
 def freeze_all_but_adapters(model):

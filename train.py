@@ -84,7 +84,8 @@ def score_ave(args, model, loader):
     score, background = (x.float().mean().item() for x in (~wrong, true == len(args.classes)))
     return score, {**{f"{names[a]}, called {names[b]}": n / true.numel() for (a, b), n in pairs},
                    f"accuracy, {len(true)} clips x {true.shape[1]} s": score,
-                   "if all were called background": background}, {}
+                   "if all were called background": background,
+                   "if every clip's event filled it": 1 - background}, {}
 
 def predict_ave(args, model, frames, spectrograms, path):
     """Prints the event of each second, and draws frames, spectrograms and events as a strip."""
@@ -151,36 +152,6 @@ def predict_avs(args, model, frames, spectrograms, path):
     clips = zip(frames[None].split(5, 1), spectrograms[None].split(5, 1))      # (1,5,...) each
     logits = torch.cat([model(*clip)[0] for clip in clips])                    # (T,H,W)
     write_grid([see(frames), hear(spectrograms), mark(frames, logits)], 5, path)
-
-# ---------------------------------------------------------------- pictures: tiles (T,3,H,W) in 0..1
-TILE = 112  # pixels a side
-
-def see(frames):
-    """Frames as read (T,3,S,S), without their normalisation."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    return F.interpolate((frames.cpu() * std + mean).clamp(0, 1), (TILE, TILE), mode="bilinear")
-
-def hear(spectrograms):
-    """Spectrograms (T,S,S) as people draw them: time runs right and pitch up."""
-    heard = (0.4 + spectrograms.cpu() / 3).clamp(0, 1).transpose(1, 2).flip(1)
-    return F.interpolate(heard[:, None].expand(-1, 3, -1, -1), (TILE, TILE))   # (T,3,112,112)
-
-def mark(frames, logits):
-    """Frames under the white masks that the logits (T,H,W) say."""
-    masks = F.interpolate(logits.cpu()[:, None], (TILE, TILE), mode="bilinear")[:, 0] > 0
-    return torch.stack([torchvision.utils.draw_segmentation_masks(frame, mask, 0.7, "white")
-                        for frame, mask in zip(see(frames), masks)])
-
-def caption(text):  # on a white tile; torchvision writes beside boxes only
-    box, paper = torch.tensor([[0, 0, TILE - 1, TILE - 1]]), torch.ones(3, TILE, TILE)
-    return torchvision.utils.draw_bounding_boxes(paper, box, [textwrap.fill(text, 17)], "black")
-
-def write_grid(rows, columns, path):
-    """Rows of tiles, each broken after `columns`, as a PNG."""
-    rows = [F.pad(row, [0] * 7 + [-len(row) % columns], value=1.0).split(columns) for row in rows]
-    grid = torchvision.utils.make_grid(torch.cat(sum(zip(*rows), ())), columns, 4, pad_value=1)
-    data.write_atomic(path, torchvision.io.encode_png((grid * 255).byte()).numpy().tobytes())
-    print(f"drawn in {path}")
 
 # ---------------------------------------------------------------- AVQA
 def train_avqa(args):
@@ -249,163 +220,117 @@ def score_ucf101(args, model, loader):
                                   ("in all", audible | True)) if chosen.any()}
     return float(right.mean()), table, {}
 
-# ---------------------------------------------------------------- a trained run
-def load_run(args):
-    """(settings, model) of the folder args.run, which training left, on --device."""
-    run = argparse.Namespace(**data.load_file(os.path.join(args.run, "adapters.pt"))["settings"])
-    run.device, run.out, run.compile = args.device, args.run, False  # not as it was trained
-    model = build(run)
-    prepare(run, model)  # device and precision
-    load_checkpoint(run, model)
-    return run, model.eval()
+# ---------------------------------------------------------------- what the loops share
+class Run:
+    """A model in training, and what is kept of it after each epoch. state.pt holds all that
+    --resume needs to go on, bit for bit on one machine with one process."""
+    def __init__(self, args):
+        self.args, self.start, self.loaders = args, time.time(), open_data(args)
+        self.model = build(args)
+        self.forward, self.optimizer = prepare(args, self.model)
+        self.log, self.best, self.state = [], -1.0, os.path.join(args.out, "state.pt")
+        require(args.resume or not os.path.exists(self.state), f"{self.state} is of a run that is "
+                "not done: add --resume to go on, or choose another --out")
+        if args.resume:
+            self.resume()
+    def resume(self):
+        """Back to the end of the last epoch that state.pt knows."""
+        saved, now = data.load_file(self.state), vars(self.args)
+        other = {key for key in now if now[key] != saved["settings"].get(key)}
+        other -= {"out", "resume", "epochs", "workers", "cache", "data"}
+        require(not other, f"{self.state} is of a run with other settings: {', '.join(other)}")
+        lavish.load_trained_state_dict(self.model, saved["trained"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.log, self.best = saved["log"], saved["best"]
+        self.start -= sum(entry["seconds"] for entry in self.log)  # time spent so far counts
+        torch.set_rng_state(saved["random"])  # of dropout and stochastic depth
+        torch.cuda.set_rng_state_all(saved["random_cuda"])
+    def batches(self):
+        """The batches of an epoch, on the device; the model is in training."""
+        self.epoch_start, self.losses, epoch = time.time(), [], len(self.log) + 1
+        loader = self.loaders["train"]
+        self.model.train()
+        loader.sampler.set_epoch(epoch)  # another order in each
+        for batch in data.bar(loader, f"epoch {epoch}/{self.args.epochs}"):
+            yield [x.to(self.args.device) for x in batch]
+    def step(self, loss):
+        """One step of Adam; a loss that is not finite ends the run before it does harm."""
+        self.losses.append(loss.item())  # waits for a GPU
+        require(np.isfinite(self.losses[-1]), f"the loss is {self.losses[-1]} in epoch "
+                f"{len(self.log) + 1}, step {len(self.losses)}; try a lower --lr")
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+    def end_epoch(self):
+        """Scores on val, logs, decays; keeps the state, and the model if it is the best so far."""
+        args, val = self.args, score(self.args, self.model, self.loaders["val"])[0]
+        self.log.append({"epoch": len(self.log) + 1, "loss": float(np.mean(self.losses)),
+                         "val": val, "seconds": time.time() - self.epoch_start})
+        print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(
+            **self.log[-1]), "  best so far" if val > self.best else "", flush=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= args.lr_decay
+        better, self.best = val > self.best, max(val, self.best)
+        if process()[0]:
+            return
+        kept = {"settings": vars(args), "trained": lavish.trained_state_dict(self.model)}
+        if better:  # chosen on val; the released AVE and AVS code choose on test
+            data.save_atomic(kept, os.path.join(args.out, "adapters.pt"))
+        data.write_lines(map(json.dumps, self.log), os.path.join(args.out, "log.jsonl"))
+        data.save_atomic({
+            **kept, "log": self.log, "best": self.best, "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all()}, self.state)  # [] without a GPU
+    def finish(self, metric):
+        """Tests the best epoch's model; result.json, a table, and the command to type next."""
+        args, (trained, total) = self.args, lavish.count_parameters(self.model)
+        if dist.is_initialized():
+            dist.barrier()  # until the first process has written it
+        load_checkpoint(args, self.model)
+        loader = self.loaders["test"]
+        flops, (test, table, more) = count_flops(lambda: score(args, self.model, loader))
+        if process()[0]:
+            return
+        seconds, out = time.time() - self.start, shlex.quote(args.out)
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, torchaudio, np)}
+        result = {"task": args.task, "modality": args.modality, "metric": metric, "test": test,
+                  "seconds": seconds, "seed": args.seed, "trainable_parameters": trained,
+                  "total_parameters": total, "settings": vars(args), **more,
+                  "gflop": flops / len(loader.sampler) / 1e9,
+                  "versions": {"python": platform.python_version(), **versions}}
+        data.write_lines([json.dumps(result, indent=1)], os.path.join(args.out, "result.json"))
+        os.remove(self.state)  # nothing is left to resume
+        print("\ntest", *(f"{text:45} {value:.4f}" for text, value in table.items()), sep="\n")
+        print(f"{'trainable of all parameters':45} {trained:,} of {total:,}\n"
+              f"{'time':45} {seconds:.0f} s\n\n{out} holds adapters.pt, log.jsonl, result.json\n"
+              f"Next: python train.py eval {out}")
 
-def evaluate(args):
-    """Scores a trained run on a split of its data set, or of another one with the same classes."""
-    run, model = load_run(args)
-    run.data, fact = args.data or run.data, data.DATASETS[run.task].fact
-    known, dataset = vars(run)[fact], open_split(run, args.split)  # of training, of this split
-    require(known == vars(dataset)[fact], f"{run.data} has other {fact} than {args.run} knows")
-    loader = torch.utils.data.DataLoader(dataset, run.batch_size, num_workers=args.workers or 0)
-    print(*(f"{t:45} {value:.4f}" for t, value in score(run, model, loader)[1].items()), sep="\n")
-    print(f"Next, beside other runs: python train.py report {shlex.quote(args.run)} RUN ...")
+def load_checkpoint(args, model):
+    """The best epoch's adapters and head, from --out into a model of the same settings."""
+    trained = data.load_file(path := os.path.join(args.out, "adapters.pt"))["trained"]
+    lavish.load_trained_state_dict(model, trained, f"{path} is of another configuration")
 
 @torch.no_grad()
-def predict(args):
-    """A trained run on videos as they come, through a temporary extraction."""
-    run, model = load_run(args)
-    require(run.task in PREDICT and not vars(run).get("extra_audio"),
-            "predict is for ave (without --extra-audio), avs and avqa")
-    require((run.task == "avqa") == bool(args.question), "--question goes with avqa, always")
-    for video in args.video:
-        with tempfile.TemporaryDirectory() as folder:
-            name = data.extract_video(video, folder)
-            paths, wav = data.video_files(folder, name)
-            seconds = data.seconds_of(data.read_wav(wav), len(paths))          # (T,16000)
-            if run.task == "avqa":
-                at = data.moments(len(paths), run.moments)
-                paths, seconds = [paths[k] for k in at], seconds[at]
-            clip = data.read_clip(paths, seconds, run.image_size, run.stats)
-        print(video)
-        PREDICT[run.task](run, model, *(x.to(run.device) for x in clip), args.question or
-                          os.path.join(args.out or "", f"{name}-{run.task}.png"))
-    print(f"Next, on a data set: python train.py eval {shlex.quote(args.run)} --data FOLDER")
-
-# Scores of the paper's Table 1 and the supplementary's Tables 2 and 3.
-PUBLISHED = {("ave", "v"): 0.753, ("ave", "av"): 0.811, ("ave", "av", "VGGish"): 0.824,
-             ("avs", "v"): 0.721, ("avs", "av"): 0.801, ("avqa", "v"): 0.632, ("avqa", "av"): 0.771,
-             ("ucf101", "av"): 0.926}
-
-def report(args):
-    """Runs grouped by what differs between them, but for seeds: the mean of the test scores, its
-    spread and count, with parameters, GFLOP of a clip and seconds, beside the paper's score."""
-    runs = []
-    for path in (os.path.join(run, "result.json") for run in args.runs):
-        try:
-            result = json.loads("\n".join(data.read_lines(path)))
-            runs.append({**result["settings"], **result})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
-    keys = ("backbone image_size weights data latents reduction groups extra_audio precision "
-            "drop_path lr head_lr batch_size").split()  # of these, those that vary are shown
-    varied = [key for key in keys if len({str(run.get(key)) for run in runs}) > 1]
-    names = lambda run: tuple(str(run.get(key)) for key in ("task", "modality", *varied))
-    print(*(f"{key:9}" for key in ("task", "modality", *varied)),
-          "    test  +- std   n  trainable   GFLOP seconds  paper (real data)")
-    for group in sorted({names(run) for run in runs}):
-        some = [run for run in runs if names(run) == group]
-        first, tests = some[0], [run["test"] for run in some]  # one per seed
-        case = group[:2] + ("VGGish",) * bool(first.get("extra_audio"))
-        spread = f"{np.std(tests, ddof=1):7.3f}" if len(tests) > 1 else "      -"
-        print(*(f"{name:9}" for name in group), f"{np.mean(tests):8.3f} {spread} {len(tests):3} "
-              f"{first['trainable_parameters'] / 1e6:9.2f}M {first.get('gflop', np.nan):7.2f} "
-              f"{np.mean([run['seconds'] for run in some]):7.0f}  {PUBLISHED.get(case, '')}")
-
-# ---------------------------------------------------------------- cost
-def bench(args):
-    """The cost of a task on random data: a row for each of --latents, with --baseline beside the
-    released way of computing the same, each in a process of its own (for the peak of memory)."""
-    print(args.head, args.backbone, f"batch {args.batch_size}", args.precision, args.device,
-          "\n            GFLOP a clip  clips/s, median (min to max)               GB +  of matrix\n"
-          "latents      eval  train  training           evaluation           weights       rate")
-    rows, cases = [], [(m, False) for m in args.latents]
-    if args.baseline:
-        require(importlib.util.find_spec("pytest"), "--baseline is in the tests: install pytest")
-        cases.insert(0, (args.latents[0], True))
-    for m, released in cases:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(row := pool.apply(measure, (args, m, released)))
-        speeds = ["{1:.3g} ({0:.3g}-{2:.3g})".format(*row[k]) for k in ("train", "eval")]
-        print(f"{m:3} {'released' * released:8} {row['gflop']:6.1f} {row['step_gflop']:6.1f}  "
-              f"{speeds[0]:18} {speeds[1]:18} {row['peak']:4.1f} +{row['weights']:4.1f} "
-              f"{row['share']:4.0%}", flush=True)
-    if args.baseline:
-        old, new = ([row["train"][1], row["eval"][1], row["peak"]] for row in rows[:2])
-        print("times the released: training {:.2f}, evaluation {:.2f}, peak memory {:.2f}".format(
-            *np.divide(new, old)))
-    if args.out:
-        data.write_lines([json.dumps({"settings": vars(args), "rows": rows})], args.out)
-
-def measure(args, latents, released):
-    """One row of bench: a dict. share: of the machine's own rate of matrix products."""
-    vars(args).update(task=args.head, latents=latents, classes=range(28), mask_size=224,
-                      vocabulary={"words": range(93), "answers": range(42)}, extra_audio=None)
-    start, B, S = peak_memory(args.device), args.batch_size, args.image_size  # before anything
-    T = {"ave": 10, "avs": 5, "avqa": args.moments, "ucf101": 16}[args.task]
-    if released:
-        import test_lavish  # which proves that it computes the same
-        test_lavish.as_released()
-        args.precision, args.compile, args.checkpoint_activations = "fp32", False, False
-    else:
-        keep_memory(args.checkpoint_activations)
-    with torch.device(args.device):
-        model, heard = build(args), T // 2 if args.task == "ucf101" else T     # one for two frames
-        inputs = [torch.randn(B, T, 3, S, S), torch.randn(B, heard, S, S)]
-        inputs += [torch.ones(B, 14, dtype=torch.long)] * (args.task == "avqa")  # a long question
-    # AVQA trains with foreign frames; AVS on the first one, though the release decodes them all.
-    more = {"avqa": inputs[:1], "avs": [not released]}.get(args.task, [])
-    forward, optimizer = prepare(args, model.train())
-    def step():
-        outputs = forward(*inputs, *more)
-        outputs = outputs if isinstance(outputs, tuple) else [outputs]
-        sum(x.square().mean() for x in outputs if x is not None).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    row = {"latents": latents, "released": released, "train": speed(args, step)}
-    row["weights"] = sum(t.nbytes for t in model.state_dict().values()) / 1e9  # GB
-    row["peak"] = (peak_memory(args.device) - start) / 1e9 - row["weights"]    # beyond them
-    row["step_gflop"] = count_flops(step)[0] / B / 1e9
+def score(args, model, loader):
+    """-> (score, {text: number} to print, what else to keep), of all processes together."""
     model.eval()
-    evaluation = torch.no_grad()(lambda: model(*inputs))
-    row["eval"], row["gflop"] = speed(args, evaluation), count_flops(evaluation)[0] / B / 1e9
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    a = torch.randn(4096, 4096, device=args.device, dtype=dtype)
-    rate = speed(args, lambda: a @ a)[1] / B * 2 * 4096 ** 3 / 1e9             # GFLOP/s
-    return {**row, "share": row["train"][1] * row["step_gflop"] / rate}
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)  # the statistics of the first process, as in its checkpoint
+    return SCORE[args.task](args, model, loader)
 
-def count_flops(run):
-    """(floating-point operations of the matrix products and convolutions in run(), its result).
-    Attention is written out for it: the counter does not know a CPU's fused product."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        result = run()
-    return counter.get_total_flops(), result
+def gather(items):
+    """The items of all processes, in the order of the data set: process r has every r-th one."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()  # a list of each process
+    dist.all_gather_object(parts, items)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
-def speed(args, run):
-    """[least, median, most] clips a second over --repeat runs, after one to warm up."""
-    clock = [time.perf_counter()]
-    for _ in range(args.repeat + 1):
-        run()
-        if args.device != "cpu":
-            torch.cuda.synchronize()  # a GPU answers before it is done
-        clock.append(time.perf_counter())
-    return [float(args.batch_size / q) for q in np.quantile(np.diff(clock)[1:], (1, 0.5, 0))]
+def process():  # -> (rank, number of processes)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def peak_memory(device):
-    """Bytes: of the GPU, or of this process."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    import resource  # which Windows has not
-    unit = 1 if sys.platform == "darwin" else 1024  # the Mac counts bytes
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+SCORE = {"ave": score_ave, "avs": score_avs, "avqa": score_avqa, "ucf101": score_ucf101}
+PREDICT = {"ave": predict_ave, "avs": predict_avs, "avqa": predict_avqa}
 
 # ---------------------------------------------------------------- model and data, by the settings
 def build_net(args):
@@ -533,118 +458,193 @@ def open_data(args):
             persistent_workers=args.workers > 0, pin_memory=args.device != "cpu")
     return loaders
 
-# ---------------------------------------------------------------- what the loops share
-class Run:
-    """A model in training, and what is kept of it after each epoch. state.pt holds all that
-    --resume needs to go on, bit for bit on one machine with one process."""
-    def __init__(self, args):
-        self.args, self.start, self.loaders = args, time.time(), open_data(args)
-        self.model = build(args)
-        self.forward, self.optimizer = prepare(args, self.model)
-        self.log, self.best, self.state = [], -1.0, os.path.join(args.out, "state.pt")
-        require(args.resume or not os.path.exists(self.state), f"{self.state} is of a run that is "
-                "not done: add --resume to go on, or choose another --out")
-        if args.resume:
-            self.resume()
-    def resume(self):
-        """Back to the end of the last epoch that state.pt knows."""
-        saved, now = data.load_file(self.state), vars(self.args)
-        other = {key for key in now if now[key] != saved["settings"].get(key)}
-        other -= {"out", "resume", "epochs", "workers", "cache", "data"}
-        require(not other, f"{self.state} is of a run with other settings: {', '.join(other)}")
-        lavish.load_trained_state_dict(self.model, saved["trained"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.log, self.best = saved["log"], saved["best"]
-        self.start -= sum(entry["seconds"] for entry in self.log)  # time spent so far counts
-        torch.set_rng_state(saved["random"])  # of dropout and stochastic depth
-        torch.cuda.set_rng_state_all(saved["random_cuda"])
-    def batches(self):
-        """The batches of an epoch, on the device; the model is in training."""
-        self.epoch_start, self.losses, epoch = time.time(), [], len(self.log) + 1
-        loader = self.loaders["train"]
-        self.model.train()
-        loader.sampler.set_epoch(epoch)  # another order in each
-        for batch in data.bar(loader, f"epoch {epoch}/{self.args.epochs}"):
-            yield [x.to(self.args.device) for x in batch]
-    def step(self, loss):
-        """One step of Adam; a loss that is not finite ends the run before it does harm."""
-        self.losses.append(loss.item())  # waits for a GPU
-        require(np.isfinite(self.losses[-1]), f"the loss is {self.losses[-1]} in epoch "
-                f"{len(self.log) + 1}, step {len(self.losses)}; try a lower --lr, and --resume")
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-    def end_epoch(self):
-        """Scores on val, logs, decays; keeps the state, and the model if it is the best so far."""
-        args, val = self.args, score(self.args, self.model, self.loaders["val"])[0]
-        self.log.append({"epoch": len(self.log) + 1, "loss": float(np.mean(self.losses)),
-                         "val": val, "seconds": time.time() - self.epoch_start})
-        print("epoch {epoch:3}   loss {loss:.4f}   val {val:.4f}   {seconds:5.1f} s".format(
-            **self.log[-1]), "  best so far" if val > self.best else "", flush=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] *= args.lr_decay
-        better, self.best = val > self.best, max(val, self.best)
-        if process()[0]:
-            return
-        kept = {"settings": vars(args), "trained": lavish.trained_state_dict(self.model)}
-        if better:  # chosen on val; the released AVE and AVS code choose on test
-            data.save_atomic(kept, os.path.join(args.out, "adapters.pt"))
-        data.write_lines(map(json.dumps, self.log), os.path.join(args.out, "log.jsonl"))
-        data.save_atomic({
-            **kept, "log": self.log, "best": self.best, "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all()}, self.state)  # [] without a GPU
-    def finish(self, metric):
-        """Tests the best epoch's model; result.json, a table, and the command to type next."""
-        args, (trained, total) = self.args, lavish.count_parameters(self.model)
-        if dist.is_initialized():
-            dist.barrier()  # until the first process has written it
-        load_checkpoint(args, self.model)
-        loader = self.loaders["test"]
-        flops, (test, table, more) = count_flops(lambda: score(args, self.model, loader))
-        if process()[0]:
-            return
-        seconds, out = time.time() - self.start, shlex.quote(args.out)
-        versions = {m.__name__: m.__version__ for m in (torch, torchvision, torchaudio, np)}
-        result = {"task": args.task, "modality": args.modality, "metric": metric, "test": test,
-                  "seconds": seconds, "seed": args.seed, "trainable_parameters": trained,
-                  "total_parameters": total, "settings": vars(args), **more,
-                  "gflop": flops / len(loader.sampler) / 1e9,
-                  "versions": {"python": platform.python_version(), **versions}}
-        data.write_lines([json.dumps(result, indent=1)], os.path.join(args.out, "result.json"))
-        os.remove(self.state)  # nothing is left to resume
-        print("\ntest", *(f"{text:45} {value:.4f}" for text, value in table.items()), sep="\n")
-        print(f"{'trainable of all parameters':45} {trained:,} of {total:,}\n"
-              f"{'time':45} {seconds:.0f} s\n\n{out} holds adapters.pt, log.jsonl, result.json\n"
-              f"Next: python train.py eval {out}")
+# ---------------------------------------------------------------- a trained run
+def load_run(args):
+    """(settings, model) of the folder args.run, which training left, on --device."""
+    run = argparse.Namespace(**data.load_file(os.path.join(args.run, "adapters.pt"))["settings"])
+    run.device, run.out, run.compile = args.device, args.run, False  # not as it was trained
+    model = build(run)
+    prepare(run, model)  # device and precision
+    load_checkpoint(run, model)
+    return run, model.eval()
 
-def load_checkpoint(args, model):
-    """The best epoch's adapters and head, from --out into a model of the same settings."""
-    trained = data.load_file(path := os.path.join(args.out, "adapters.pt"))["trained"]
-    lavish.load_trained_state_dict(model, trained, f"{path} is of another configuration")
+def evaluate(args):
+    """Scores a trained run on a split of its data set, or of another one with the same classes."""
+    run, model = load_run(args)
+    run.data, fact = args.data or run.data, data.DATASETS[run.task].fact
+    known, dataset = vars(run)[fact], open_split(run, args.split)  # of training, of this split
+    require(known == vars(dataset)[fact], f"{run.data} has other {fact} than {args.run} knows")
+    loader = torch.utils.data.DataLoader(dataset, run.batch_size, num_workers=args.workers or 0)
+    print(*(f"{t:45} {value:.4f}" for t, value in score(run, model, loader)[1].items()), sep="\n")
+    print(f"Next, beside other runs: python train.py report {shlex.quote(args.run)} RUN ...")
 
 @torch.no_grad()
-def score(args, model, loader):
-    """-> (score, {text: number} to print, what else to keep), of all processes together."""
+def predict(args):
+    """A trained run on videos as they come, through a temporary extraction."""
+    run, model = load_run(args)
+    require(run.task in PREDICT and not vars(run).get("extra_audio"),
+            "predict is for ave (without --extra-audio), avs and avqa")
+    require((run.task == "avqa") == bool(args.question), "--question goes with avqa, always")
+    for video in args.video:
+        with tempfile.TemporaryDirectory() as folder:
+            name = data.extract_video(video, folder)
+            paths, wav = data.video_files(folder, name)
+            seconds = data.seconds_of(data.read_wav(wav), len(paths))          # (T,16000)
+            if run.task == "avqa":
+                at = data.moments(len(paths), run.moments)
+                paths, seconds = [paths[k] for k in at], seconds[at]
+            clip = data.read_clip(paths, seconds, run.image_size, run.stats)
+        print(video)
+        PREDICT[run.task](run, model, *(x.to(run.device) for x in clip), args.question or
+                          os.path.join(args.out or "", f"{name}-{run.task}.png"))
+    print(f"Next, on a data set: python train.py eval {shlex.quote(args.run)} --data FOLDER")
+
+# Scores of the paper's Table 1 and the supplementary's Tables 2 and 3.
+PUBLISHED = {("ave", "v"): 0.753, ("ave", "av"): 0.811, ("ave", "av", "VGGish"): 0.824,
+             ("avs", "v"): 0.721, ("avs", "av"): 0.801, ("avqa", "v"): 0.632, ("avqa", "av"): 0.771,
+             ("ucf101", "av"): 0.926}
+
+def report(args):
+    """Runs grouped by what differs between them, but for seeds: the mean of the test scores, its
+    spread and count, with parameters, GFLOP of a clip and seconds, beside the paper's score."""
+    runs = []
+    for path in (os.path.join(run, "result.json") for run in args.runs):
+        try:
+            result = json.loads("\n".join(data.read_lines(path)))
+            runs.append({**result["settings"], **result})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
+    keys = ("backbone image_size weights data latents reduction groups extra_audio precision "
+            "drop_path lr head_lr batch_size").split()  # of these, those that vary are shown
+    varied = [key for key in keys if len({str(run.get(key)) for run in runs}) > 1]
+    names = lambda run: tuple(str(run.get(key)) for key in ("task", "modality", *varied))
+    print(*(f"{key:9}" for key in ("task", "modality", *varied)),
+          "    test  +- std   n  trainable   GFLOP seconds  paper (real data)")
+    for group in sorted({names(run) for run in runs}):
+        some = [run for run in runs if names(run) == group]
+        first, tests = some[0], [run["test"] for run in some]  # one per seed
+        case = group[:2] + ("VGGish",) * bool(first.get("extra_audio"))
+        spread = f"{np.std(tests, ddof=1):7.3f}" if len(tests) > 1 else "      -"
+        print(*(f"{name:9}" for name in group), f"{np.mean(tests):8.3f} {spread} {len(tests):3} "
+              f"{first['trainable_parameters'] / 1e6:9.2f}M {first.get('gflop', np.nan):7.2f} "
+              f"{np.mean([run['seconds'] for run in some]):7.0f}  {PUBLISHED.get(case, '')}")
+
+# ---------------------------------------------------------------- pictures: tiles (T,3,H,W) in 0..1
+TILE = 112  # pixels a side
+
+def see(frames):
+    """Frames as read (T,3,S,S), without their normalisation."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    return F.interpolate((frames.cpu() * std + mean).clamp(0, 1), (TILE, TILE), mode="bilinear")
+
+def hear(spectrograms):
+    """Spectrograms (T,S,S) as people draw them: time runs right and pitch up."""
+    heard = (0.4 + spectrograms.cpu() / 3).clamp(0, 1).transpose(1, 2).flip(1)
+    return F.interpolate(heard[:, None].expand(-1, 3, -1, -1), (TILE, TILE))   # (T,3,112,112)
+
+def mark(frames, logits):
+    """Frames under the white masks that the logits (T,H,W) say."""
+    masks = F.interpolate(logits.cpu()[:, None], (TILE, TILE), mode="bilinear")[:, 0] > 0
+    return torch.stack([torchvision.utils.draw_segmentation_masks(frame, mask, 0.7, "white")
+                        for frame, mask in zip(see(frames), masks)])
+
+def caption(text):  # on a white tile; torchvision writes beside boxes only
+    box, paper = torch.tensor([[0, 0, TILE - 1, TILE - 1]]), torch.ones(3, TILE, TILE)
+    return torchvision.utils.draw_bounding_boxes(paper, box, [textwrap.fill(text, 17)], "black")
+
+def write_grid(rows, columns, path):
+    """Rows of tiles, each broken after `columns`, as a PNG."""
+    rows = [F.pad(row, [0] * 7 + [-len(row) % columns], value=1.0).split(columns) for row in rows]
+    grid = torchvision.utils.make_grid(torch.cat(sum(zip(*rows), ())), columns, 4, pad_value=1)
+    data.write_atomic(path, torchvision.io.encode_png((grid * 255).byte()).numpy().tobytes())
+    print(f"drawn in {path}")
+
+# ---------------------------------------------------------------- cost
+def bench(args):
+    """The cost of a task on random data: a row for each of --latents, with --baseline beside the
+    released way of computing the same, each in a process of its own (for the peak of memory)."""
+    print(args.head, args.backbone, f"batch {args.batch_size}", args.precision, args.device,
+          "\n            GFLOP a clip  clips/s, median (min to max)               GB +  of matrix\n"
+          "latents      eval  train  training           evaluation           weights       rate")
+    rows, cases = [], [(m, False) for m in args.latents]
+    if args.baseline:
+        require(importlib.util.find_spec("pytest"), "--baseline is in the tests: install pytest")
+        cases.insert(0, (args.latents[0], True))
+    for m, released in cases:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(row := pool.apply(measure, (args, m, released)))
+        speeds = ["{1:.3g} ({0:.3g}-{2:.3g})".format(*row[k]) for k in ("train", "eval")]
+        print(f"{m:3} {'released' * released:8} {row['gflop']:6.1f} {row['step_gflop']:6.1f}  "
+              f"{speeds[0]:18} {speeds[1]:18} {row['peak']:4.1f} +{row['weights']:4.1f} "
+              f"{row['share']:4.0%}", flush=True)
+    if args.baseline:
+        old, new = ([row["train"][1], row["eval"][1], row["peak"]] for row in rows[:2])
+        print("times the released: training {:.2f}, evaluation {:.2f}, peak memory {:.2f}".format(
+            *np.divide(new, old)))
+    if args.out:
+        data.write_lines([json.dumps({"settings": vars(args), "rows": rows})], args.out)
+
+def measure(args, latents, released):
+    """One row of bench: a dict. share: of the machine's own rate of matrix products."""
+    vars(args).update(task=args.head, latents=latents, classes=range(28), mask_size=224,
+                      vocabulary={"words": range(93), "answers": range(42)}, extra_audio=None)
+    start, B, S = peak_memory(args.device), args.batch_size, args.image_size  # before anything
+    T = {"ave": 10, "avs": 5, "avqa": args.moments, "ucf101": 16}[args.task]
+    if released:
+        import test_lavish  # which proves that it computes the same
+        test_lavish.as_released()
+        args.precision, args.compile, args.checkpoint_activations = "fp32", False, False
+    else:
+        keep_memory(args.checkpoint_activations)
+    with torch.device(args.device):
+        model, heard = build(args), T // 2 if args.task == "ucf101" else T     # one for two frames
+        inputs = [torch.randn(B, T, 3, S, S), torch.randn(B, heard, S, S)]
+        inputs += [torch.ones(B, 14, dtype=torch.long)] * (args.task == "avqa")  # a long question
+    # AVQA trains with foreign frames; AVS on the first one, though the release decodes them all.
+    more = {"avqa": inputs[:1], "avs": [not released]}.get(args.task, [])
+    forward, optimizer = prepare(args, model.train())
+    def step():
+        outputs = forward(*inputs, *more)
+        outputs = outputs if isinstance(outputs, tuple) else [outputs]
+        sum(x.square().mean() for x in outputs if x is not None).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    row = {"latents": latents, "released": released, "train": speed(args, step)}
+    row["weights"] = sum(t.nbytes for t in model.state_dict().values()) / 1e9  # GB
+    row["peak"] = (peak_memory(args.device) - start) / 1e9 - row["weights"]    # beyond them
+    row["step_gflop"] = count_flops(step)[0] / B / 1e9
     model.eval()
-    for buffer in model.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)  # the statistics of the first process, as in its checkpoint
-    return SCORE[args.task](args, model, loader)
+    evaluation = torch.no_grad()(lambda: model(*inputs))
+    row["eval"], row["gflop"] = speed(args, evaluation), count_flops(evaluation)[0] / B / 1e9
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    a = torch.randn(4096, 4096, device=args.device, dtype=dtype)
+    rate = speed(args, lambda: a @ a)[1] / B * 2 * 4096 ** 3 / 1e9             # GFLOP/s
+    return {**row, "share": row["train"][1] * row["step_gflop"] / rate}
 
-def gather(items):
-    """The items of all processes, in the order of the data set: process r has every r-th one."""
-    if not dist.is_initialized():
-        return items
-    parts = [None] * dist.get_world_size()  # a list of each process
-    dist.all_gather_object(parts, items)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+def count_flops(run):
+    """(floating-point operations of the matrix products and convolutions in run(), its result).
+    Attention is written out for it: the counter does not know a CPU's fused product."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        result = run()
+    return counter.get_total_flops(), result
 
-def process():
-    """(rank, number of processes): (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def speed(args, run):
+    """[least, median, most] clips a second over --repeat runs, after one to warm up."""
+    clock = [time.perf_counter()]
+    for _ in range(args.repeat + 1):
+        run()
+        if args.device != "cpu":
+            torch.cuda.synchronize()  # a GPU answers before it is done
+        clock.append(time.perf_counter())
+    return [float(args.batch_size / q) for q in np.quantile(np.diff(clock)[1:], (1, 0.5, 0))]
 
-SCORE = {"ave": score_ave, "avs": score_avs, "avqa": score_avqa, "ucf101": score_ucf101}
-PREDICT = {"ave": predict_ave, "avs": predict_avs, "avqa": predict_avqa}
+def peak_memory(device):
+    """Bytes: of the GPU, or of this process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    import resource  # which Windows has not
+    unit = 1 if sys.platform == "darwin" else 1024  # the Mac counts bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 # ---------------------------------------------------------------- the command line
 def command_line():
