@@ -383,8 +383,10 @@ def to_maps(tokens):  # (B,H*H,d) -> (B,d,H,H)
 
 class TPAVI(nn.Module):
     """Temporal pixel-wise audio-visual interaction (AVSBench, ECCV 2022): every pixel of a clip
-    reads all others, weighted by how its theta agrees with the sound phi of their frame. For pixel
-    p of frame t, over T frames of P pixels (B*T,C,H,W), and audio (B,T,audio_dim),
+    reads all others, weighted by how its theta agrees with the sound phi of their frame.
+
+    x (B*T,C,H,W), audio (B,T,audio_dim) -> z (B*T,C,H,W); for pixel p of frame t, over T frames of
+    P = H W pixels,
 
         y_tp = 1/(TP) sum_t'p' (theta_tp . phi_t') g_t'p'            z = LN(x + BN(W y))
 

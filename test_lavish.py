@@ -56,7 +56,7 @@ def one_line_error(capsys, *arguments, code=2):
     """What train.py says where it stops: one line on stderr, the exit code, no results written."""
     with pytest.raises(SystemExit) as stop:
         train.main([*arguments])
-    error = re.sub("^Downloading: .*\n", "", capsys.readouterr().err).strip()  # as older torch.hub says
+    error = re.sub("^Downloading: .*\n", "", capsys.readouterr().err).strip()  # older hub
     assert stop.value.code == code and "\n" not in error, error
     assert error.startswith("train.py: ") == (code == 2), error
     assert not Path("run/adapters.pt").exists() and not Path("run/result.json").exists()

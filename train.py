@@ -568,7 +568,8 @@ def bench(args):
           "latents      eval  train  training           evaluation           weights       rate")
     rows, cases = [], [(m, False) for m in args.latents]
     if args.baseline:
-        require(importlib.util.find_spec("pytest"), "--baseline is in the tests: install pytest")
+        require(importlib.util.find_spec("pytest") and args.modality == "av",
+                "--baseline is in the tests, for both streams: install pytest")
         cases.insert(0, (args.latents[0], True))
     for m, released in cases:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -612,18 +613,18 @@ def measure(args, latents, released):
     row = {"latents": latents, "released": released, "train": speed(args, step)}
     row["weights"] = sum(t.nbytes for t in model.state_dict().values()) / 1e9  # GB
     row["peak"] = (peak_memory(args.device) - start) / 1e9 - row["weights"]    # beyond them
-    row["step_gflop"] = count_flops(step)[0] / B / 1e9
-    model.eval()
+    model.eval()  # in which nothing is computed twice
     evaluation = torch.no_grad()(lambda: model(*inputs))
-    row["eval"], row["gflop"] = speed(args, evaluation), count_flops(evaluation)[0] / B / 1e9
+    row["eval"] = speed(args, evaluation)
+    row["gflop"], row["step_gflop"] = (count_flops(f)[0] / B / 1e9 for f in (evaluation, step))
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     a = torch.randn(4096, 4096, device=args.device, dtype=dtype)
     rate = speed(args, lambda: a @ a)[1] / B * 2 * 4096 ** 3 / 1e9             # GFLOP/s
     return {**row, "share": row["train"][1] * row["step_gflop"] / rate}
 
 def count_flops(run):
-    """(floating-point operations of the matrix products and convolutions in run(), its result).
-    Attention is written out for it: the counter does not know a CPU's fused product."""
+    """(operations of the matrix products and convolutions in run(), what run() returns)"""
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter knows no fused attention on a CPU
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         result = run()
     return counter.get_total_flops(), result
@@ -638,8 +639,7 @@ def speed(args, run):
         clock.append(time.perf_counter())
     return [float(args.batch_size / q) for q in np.quantile(np.diff(clock)[1:], (1, 0.5, 0))]
 
-def peak_memory(device):
-    """Bytes: of the GPU, or of this process."""
+def peak_memory(device):  # -> bytes, of the GPU or of this process
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     import resource  # which Windows has not
