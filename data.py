@@ -612,7 +612,7 @@ def survey(dataset, read=False):
         images, wav = dataset.files(i)
         lost = [path for path in (*images, wav) if path and not exists(path)]
         if lost or wav is None:
-            found["missing" if lost else "silent"].append([*lost, f"all of {images[0]}"][0])
+            found["missing" if lost else "silent"].append([*lost, dataset.wav(i)][0])
             continue
         try:
             with open_wav(wav) as file:

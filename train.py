@@ -333,8 +333,7 @@ SCORE = {"ave": score_ave, "avs": score_avs, "avqa": score_avqa, "ucf101": score
 PREDICT = {"ave": predict_ave, "avs": predict_avs, "avqa": predict_avqa}
 
 # ---------------------------------------------------------------- model and data, by the settings
-def build_net(args):
-    """The frozen backbone with its adapters."""
+def build_net(args):  # the frozen backbone with its adapters
     require(args.task == "ucf101" or "videomae" not in args.backbone, "VideoMAE is for ucf101")
     backbone = lavish.make_backbone(args.backbone, args.image_size)
     if weights := load_weights(args):
@@ -515,17 +514,18 @@ def report(args):
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
     keys = ("backbone image_size weights data latents reduction groups extra_audio precision "
-            "drop_path lr head_lr batch_size").split()  # of these, those that vary are shown
-    varied = [key for key in keys if len({str(run.get(key)) for run in runs}) > 1]
+            "drop_path lr head_lr batch_size").split()  # those that vary are shown
+    varied = [key for key in keys if len({(run["task"], str(run.get(key))) for run in runs}) >
+              len({run["task"] for run in runs})]  # within a task
     names = lambda run: tuple(str(run.get(key)) for key in ("task", "modality", *varied))
-    print(*(f"{key:9}" for key in ("task", "modality", *varied)),
-          "    test  +- std   n  trainable   GFLOP seconds  paper (real data)")
+    print(*(f"{key:10}" for key in ("task", "modality", *varied)),
+          "    test  +- std   n  trainable   GFLOP seconds  paper")
     for group in sorted({names(run) for run in runs}):
         some = [run for run in runs if names(run) == group]
         first, tests = some[0], [run["test"] for run in some]  # one per seed
         case = group[:2] + ("VGGish",) * bool(first.get("extra_audio"))
         spread = f"{np.std(tests, ddof=1):7.3f}" if len(tests) > 1 else "      -"
-        print(*(f"{name:9}" for name in group), f"{np.mean(tests):8.3f} {spread} {len(tests):3} "
+        print(*(f"{name:10}" for name in group), f"{np.mean(tests):8.3f} {spread} {len(tests):3} "
               f"{first['trainable_parameters'] / 1e6:9.2f}M {first.get('gflop', np.nan):7.2f} "
               f"{np.mean([run['seconds'] for run in some]):7.0f}  {PUBLISHED.get(case, '')}")
 
