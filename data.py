@@ -610,19 +610,19 @@ def survey(dataset, read=False):
     found = {kind: [] for kind in ("missing", "corrupt", "silent", "short", "odd rate")}
     for i in bar(one_per_sound(dataset), f"check {dataset.split}"):
         images, wav = dataset.files(i)
-        lost = [path for path in (*images, wav) if path and not exists(path)]
-        if lost or wav is None:
-            found["missing" if lost else "silent"].append([*lost, dataset.wav(i)][0])
+        if lost := [path for path in (*images, wav) if path and not exists(path)]:
+            found["missing"].append(lost[0])
             continue
         try:
-            with open_wav(wav) as file:
-                rate, width = file.getframerate(), file.getnchannels() * file.getsampwidth()
-                # What the file holds, whatever its header says.
-                samples = min(file.getnframes(), (os.path.getsize(wav) - 44) // width)
-            found["short"] += [wav] * (samples < dataset.seconds * rate)
-            found["odd rate"] += [wav] * (rate != SAMPLE_RATE)  # will be resampled
+            if wav:
+                with open_wav(wav) as file:
+                    rate, width = file.getframerate(), file.getnchannels() * file.getsampwidth()
+                    # What the file holds, whatever its header says.
+                    samples = min(file.getnframes(), (os.path.getsize(wav) - 44) // width)
+                found["short"] += [wav] * (samples < dataset.seconds * rate)
+                found["odd rate"] += [wav] * (rate != SAMPLE_RATE)  # will be resampled
             if read and dataset[i] and dataset.sound(i).abs().max() < 1e-4:  # of full scale
-                found["silent"].append(wav)
+                found["silent"].append(dataset.wav(i))
         except InputError as error:
             if not read:
                 raise
