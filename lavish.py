@@ -95,7 +95,9 @@ class WindowAttention(nn.Module):
 
         softmax(cos(q, k) / tau + 16 sigmoid(MLP(log-spaced offset))) v,   1 / tau <= 100
 
-    tokens (B, side*side, dim) -> (B, side*side, dim)"""
+    tokens (B, side*side, dim) -> (B, side*side, dim). side: tokens in a row of the image; window,
+    shift: in tokens; pretrained_window: the one the weights were trained with. The constants (16,
+    100, the start of tau at 0.1, 512 hidden units) are Swin-V2's."""
     def __init__(self, dim, heads, side, window, shift, pretrained_window):
         super().__init__()
         self.heads, self.side, self.window, self.shift = heads, side, window, shift
@@ -252,7 +254,8 @@ class LavishAdapter(nn.Module):
 
     forward(x (B,N,dim), other (B,M,dim)) -> (B,N,dim), to be added to x. The cost is
     O(m (N + M) dim), where direct cross-attention takes O(N M dim).
-    latents=0 builds the one-stream adapter (bottleneck alone), called as forward(x)."""
+    latents=0 builds the one-stream adapter (bottleneck alone), called as forward(x).
+    A dim that reduction x groups does not divide is a ValueError."""
     def __init__(self, dim, latents=2, reduction=8, groups=2):
         super().__init__()
         if dim % (reduction * groups):
@@ -321,6 +324,7 @@ class Lavish(nn.Module):
             {stream: LavishAdapter(dim, latents, reduction, groups) for stream in self.streams})
             for _ in backbone.branches(block))
             for (blocks, _), dim in zip(backbone.stages, backbone.dims) for block in blocks)
+        # Plain numbers, on whatever device the model is built.
         self.drop_rates = torch.linspace(0, drop_path, len(self.adapters), device="cpu").tolist()
         if checkpoint_activations:  # every batch will pass a batch norm twice, and count once:
             for norm in (m for m in self.adapters.modules() if isinstance(m, nn.BatchNorm1d)):
@@ -427,7 +431,9 @@ class AVS(nn.Module):
     """Audio-visual segmentation: a mask of what sounds, by AVSBench's decoder (Sec. 4.1).
 
     frames (B,T,3,S,S), spectrograms (B,T,S,S) -> mask logits (B,T,mask_size,mask_size); T is 1
-    with first=True, all that the loss of S4 looks at. Without sound there is no TPAVI."""
+    with first=True, all that the loss of S4 looks at. Without sound there is no TPAVI; without
+    frames, or with a backbone of one stage, an InputError. Widths, dilations, the start of the
+    convolutions and 128 channels of sound (VGGish's, once) are those of AVSBench's PVT decoder."""
     def __init__(self, net, mask_size=224, channels=256, widths=(64, 128, 320, 512),
                  mask_widths=(128, 32), audio_dim=128):
         super().__init__()
@@ -474,7 +480,8 @@ class AVS(nn.Module):
         return self.mask(x)                                                    # (B*T,1,mask,mask)
 
 class TemporalGrounding(nn.Module):
-    """When? The question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D)."""
+    """When? The question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D). Heads and
+    dropout are MUSIC-AVQA's."""
     def __init__(self, hidden, heads=4, dropout=0.1):
         super().__init__()
         self.attention = nn.MultiheadAttention(hidden, heads, dropout, batch_first=True)
