@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Data: sound and frames from disk, the data sets' layouts, and toy data in the same layouts.
+"""Data: sound and frames from disk, the data sets' layouts, toy data in the same.
 
-    python data.py extract VIDEOS DIR [--jobs N]    frames and sounds of a folder of videos
-    python data.py check TASK DIR [--size S]        read every clip: what is missing or damaged
-    python data.py stats TASK DIR [--size S]        mean and std of its spectrograms, kept in DIR
-    python data.py toy TASK DIR [--seed N]          write the toy data set (train.py does, too)
+    python data.py extract VIDEOS DIR [--jobs N]  videos -> frames and sounds
+    python data.py check TASK DIR [--size S]      what is missing or damaged
+    python data.py stats TASK DIR [--size S]      mean and std, kept in DIR
+    python data.py toy TASK DIR [--seed N]        the toy data set
 
-TASK is ave, avs, avqa or ucf101; S the side of the images, 192. From top to bottom: sound and
-frames, the data sets, the toy world and the toy data sets made of it, files, the commands."""
+TASK is ave, avs, avqa or ucf101; S the side of the images, 192. Top to bottom:
+sound and frames, data sets, the toy world, its data sets, files, commands."""
 import argparse, collections, csv, io, json, multiprocessing.pool, os, shutil, subprocess, sys, wave
 from os.path import basename, dirname, exists, isdir, join, splitext
 from pathlib import Path

@@ -27,7 +27,7 @@ result.json and, until it is done, state.pt for --resume.
   cost    --precision: fp32, or bf16 (autocast), the default on a GPU
           --compile: minutes at first, faster then   --device D
           --checkpoint-activations: less memory, more time
-          bench --repeat N, measured steps   --baseline, the released way as well
+          bench --repeat N measured steps   --baseline: the released way as well
   others  eval --split: train, val, test   predict --question Q, with avqa"""
 import argparse, collections, ctypes, importlib.util, json, multiprocessing, os, platform, shlex
 import sys, tempfile, textwrap, time
