@@ -4,8 +4,7 @@ code under test: torchvision, timm (skipped aloud if absent), a naive loop, a co
 import collections, functools, inspect, json, os, re, shutil, subprocess, sys, time, wave
 from pathlib import Path
 from unittest.mock import Mock, patch
-import numpy as np, pytest
-import torch, torch.nn as nn, torch.nn.functional as F, torchvision
+import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F, torchvision
 import data, lavish, train
 from lavish import InputError, Lavish, LavishAdapter, WindowAttention, fbank, make_backbone
 PYTHON, HERE = sys.executable, str(Path(__file__).parent)
@@ -510,6 +509,7 @@ def test_more_features_for_ave_come_from_npy_or_its_own_h5_and_runs_are_reported
     refuses("not AVE's own .h5", data.AVE, str(toy / "ave"), "val", 48, "audio_feature.h5")
 def test_every_option_is_read_and_real_data_gets_the_supplementarys_numbers(toy, roots):
     parse = lambda *more: train.parse(["ave", "--data", str(toy / "ave"), *more])
+    refuses("unknown backbone 'huge'", parse, "--backbone=huge")  # before the toy is read
     source, plain = inspect.getsource(train), vars(parse())
     for option, value in dict(
             backbone="tiny", weights="none", image_size=96, latents=5, reduction=4, groups=4,

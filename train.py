@@ -706,9 +706,9 @@ def parse(arguments=None):
         args.cache = args.cache or toy
     bf16 = "cuda" in args.device and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     recipe["precision"] = "bf16" if bf16 else "fp32"
-    backbone = lavish.BACKBONES.get(args.backbone or recipe["backbone"])
-    recipe["image_size"] = backbone and backbone[2]  # as its weights were trained
     vars(args).update({k: value for k, value in recipe.items() if vars(args).get(k) is None})
+    with torch.device("meta"):  # a backbone or size that does not exist ends here, before any data
+        args.image_size = lavish.make_backbone(args.backbone, args.image_size).image_size
     return args
 
 def keep_memory(lean):
@@ -735,7 +735,7 @@ def main(arguments=None):
                 "--device cuda: torch sees no GPU here; leave the option out")
         keep_memory(vars(args).get("checkpoint_activations"))
         if processes > 1 and rank == 0:
-            build_net(args)  # downloads or pretrains, if need be
+            load_weights(args)  # downloads or pretrains, if need be
             dist.barrier()
         {"ave": train_ave, "avs": train_avs, "avqa": train_avqa, "ucf101": train_ucf101,
          "bench": bench, "eval": evaluate, "predict": predict, "report": report}[args.task](args)
