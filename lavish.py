@@ -14,382 +14,460 @@ adapter per stream, through which each stream reads a summary of the other one:
 Glossary
     code           paper     shape           meaning
     B, T                                     clips in a batch; seconds (frames) of a clip
+    BT                                       images in a batch, B*T
     N, d                                     tokens of one image; their width at this stage
     frames         I         (B,T,3,S,S)     one video frame per second, S x S pixels
     spectrograms   A         (B,T,S,S)       one log-mel image per second: rows time, columns mel
-    x, other       X_v, X_a  (B*T,N,d)       tokens of the stream to update; of the other stream
+    x, other       X_v, X_a  (BT,N,d)        tokens of the stream to update; of the other stream
     latents        L         (m,d)           m learned latent tokens of one adapter
-    summary        S         (B*T,m,d)       what the latents read from the other stream, eq. 7
+    summary        S         (BT,m,d)        what the latents read from the other stream, eq. 7
     gate_av, gate  g_av, g   (1,)            learned scalars, 0 at the start
     reduction      r                         bottleneck: d -> d/r -> d
-    groups         g                         groups of the bottleneck's 1x1 convolutions
+    groups                                   channel groups of the bottleneck's 1x1 convolutions
     visual, audio                            per stage, the tokens of the two streams
 
-Read in the order in which data flows: fbank, SwinV2, LavishAdapter, Lavish, then the task you want:
-AVE, AVS, AVQA or UCF101. After them come the other backbones, how weights are loaded, and the two
-verbs people copy. `python lavish.py` prints the parameter counts.
+Read from top to bottom: the adapter, the two streams, how sound becomes an image, the tasks' heads,
+then the frozen backbones and how their weights are loaded. `python lavish.py` follows one clip
+through a small net and prints the parameter counts.
+
+"Released" names a file and line of the authors' code, github.com/GenjiB/LAVISH at 97722b0.
 """
-import functools, math, re
 
-import torch, torch.nn as nn, torch.nn.functional as F
-import torch.utils.checkpoint, torchaudio, torchvision
+import math
+import re
+from functools import partial
 
-class InputError(ValueError):
-    """Something the user can mend. One line: which file or option, what is wrong, what to do."""
-
-def require(condition, message):
-    """InputError unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
-# ---------------------------------------------------------------- sound becomes an image
-SAMPLE_RATE = 16000
-# Mean and std of AVE's spectrograms at a 5.2 ms shift (released AVE/dataloader.py). Other data and
-# other sizes want their own: `python data.py stats`.
-AVE_MEAN, AVE_STD = -4.984795570373535, 3.7079780101776123
-
-def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
-    """One second of sound as a log-mel image.
-
-    waveform: (16000,) mono at 16 kHz, in [-1, 1]
-    returns:  (size, size), rows are time and columns are mel bins, about zero mean and 0.5 std"""
-    if waveform.shape != (SAMPLE_RATE,):
-        raise ValueError(f"fbank takes one second, ({SAMPLE_RATE},); got {tuple(waveform.shape)}")
-    # `size` steps over one second: 998.4 / 192 = 5.2 ms, the supplementary's shift, and the same
-    # span at other sizes. 25 ms Hann windows and the released code's Kaldi options; Kaldi removes
-    # each window's mean itself.
-    image = torchaudio.compliance.kaldi.fbank(
-        waveform[None], sample_frequency=SAMPLE_RATE, num_mel_bins=size, frame_shift=998.4 / size,
-        frame_length=25.0, window_type="hanning", htk_compat=True, use_energy=False, dither=0.0)
-    # AST's convention: half a standard deviation. The last window must end within the second, so
-    # that at size 192 there are 188 rows. Padded after that, the others hold the mean level, not
-    # silence.
-    return F.pad((image - mean) / (2 * std), (0, 0, 0, size - image.shape[0]))
-
-# ---------------------------------------------------------------- the frozen backbone: Swin-V2
-# What Lavish below needs of a backbone, so that another one can take Swin's place:
-#     embed(images (B,3,S,S)) -> tokens (B,N,d)
-#     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
-#     branches(block): the functions f in x <- x + f(x), here attention and MLP
-#     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
-#     names(state dict): (pattern, replacement) that turn other people's parameter names into ours
-# Parameter names are torchvision's.
-
-def stage_tokens(backbone, images, update=None):
-    """forward of all backbones: images (B,3,S,S) -> list of tokens (B,N,d) at the end of each
-    stage, before merging, the last after the final norm. update(x, block): what a block does."""
-    x, stages = backbone.embed(images), []                                     # (B,N,d)
-    for blocks, merge in backbone.stages:
-        for block in blocks:
-            if update:
-                x = update(x, block)
-            else:
-                for branch in backbone.branches(block):
-                    x = x + branch(x)
-        stages.append(x)
-        x = merge(x)
-    return [*stages[:-1], backbone.norm(x)]
-
-class WindowAttention(nn.Module):
-    """Swin-V2's attention (Liu et al. 2022): cosine, within windows, log-spaced position bias.
-
-        softmax(cos(q, k) / tau + 16 sigmoid(MLP(log-spaced offset))) v,   1 / tau <= 100
-
-    tokens (B, side*side, dim) -> (B, side*side, dim). side: tokens in a row of the image; window,
-    shift: in tokens; pretrained_window: the one the weights were trained with. The constants (16,
-    100, the start of tau at 0.1, 512 hidden units) are Swin-V2's."""
-    def __init__(self, dim, heads, side, window, shift, pretrained_window):
-        super().__init__()
-        self.heads, self.side, self.window, self.shift = heads, side, window, shift
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
-        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, False))
-        # Keys have no bias: under the cosine it would not cancel, and neither Microsoft nor
-        # torchvision (which stores one, then zeroes it) uses it.
-        bias_mask = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim)
-        for name, table in dict(
-                bias_mask=bias_mask, mask=shift_mask(side, window, shift),
-                offsets=log_offsets(window, pretrained_window), index=offset_index(window)).items():
-            self.register_buffer(name, table, persistent=False)
-        self._bias, self._bias_of = None, None
-
-    def forward(self, x):
-        x = to_windows(x, self.side, self.window, self.shift)                   # (B,W,n,C)
-        B, W, n, C = x.shape
-        qkv = F.linear(x, self.qkv.weight, self.qkv.bias * self.bias_mask)      # (B,W,n,3C)
-        # To the product, every window is `heads` heads more: fused kernels take four dimensions.
-        qkv = qkv.view(B, W, n, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
-        (q, k), v = F.normalize(qkv[:2], dim=-1), qkv[2]                        # (B,W*heads,n,C')
-        q = q * self.logit_scale.clamp(max=math.log(100)).exp().repeat(W, 1, 1).to(q.dtype)
-        x = attend(q, k, v, self.bias().to(q.dtype)).unflatten(1, (W, self.heads))
-        x = self.proj(x.transpose(2, 3).reshape(B, W, n, C))
-        return from_windows(x, self.side, self.window, self.shift)              # (B,N,C)
-
-    def bias(self):
-        """Position bias plus shift mask, (1, W*heads, n, n): computed, with gradient, in each call
-        for a backbone in training; a constant of a frozen one, kept until its parameters change."""
-        if torch.is_grad_enabled() and self.cpb_mlp[0].weight.requires_grad:
-            return self.compute_bias()
-        now = [(p.data_ptr(), p._version) for p in self.cpb_mlp.parameters()]
-        if self._bias_of != now:
-            self._bias, self._bias_of = self.compute_bias().detach(), now
-        return self._bias
-
-    def compute_bias(self):
-        table = 16 * torch.sigmoid(self.cpb_mlp(self.offsets))                 # ((2w-1)^2,heads)
-        return (table[self.index].permute(2, 0, 1) + self.mask[:, None]).flatten(0, 1)[None]
-
-def attend(q, k, v, bias):
-    """softmax(q k^T + bias) v. On a CPU the fused product's backward pass is the slower one for
-    small windows and, four times, in bf16."""
-    if q.is_cpu and torch.is_grad_enabled() and (q.shape[2] < 64 or q.dtype == torch.bfloat16):
-        return (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
-
-def to_windows(x, side, window, shift=0):
-    """Tokens (B, side*side, C) -> (B, W, n, C): W windows of n = window*window tokens, row by row,
-    after the image was rolled up and left by `shift`."""
-    x = x.unflatten(1, (side, side))                                           # (B,H,H,C)
-    x = x.roll((-shift, -shift), (1, 2)) if shift else x
-    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))                # (B,H/w,w,H/w,w,C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-def from_windows(x, side, window, shift=0):
-    """The inverse of to_windows: (B, W, n, C) -> (B, side*side, C)."""
-    x = x.unflatten(2, (window, window)).unflatten(1, (side // window, -1))    # (B,H/w,H/w,w,w,C)
-    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)                          # (B,H,H,C)
-    return (x.roll((shift, shift), (1, 2)) if shift else x).flatten(1, 2)
-
-def log_offsets(window, pretrained_window):
-    """All offsets o within a window, ((2w-1)^2, 2), as sign(o) log2(1 + |o|) / 3. Before that o is
-    scaled so that the window of pretraining spans [-8, 8]; a larger one extrapolates."""
-    o = torch.arange(1 - window, window) * (8 / max(pretrained_window - 1, 1))
-    o = o.sign() * (1 + o.abs()).log2() / 3
-    return torch.cartesian_prod(o, o)
-
-def offset_index(window):
-    """(n, n) rows of log_offsets: the offset from token j to token i of one window."""
-    p = torch.cartesian_prod(torch.arange(window), torch.arange(window))       # (n,2)
-    o = p[:, None] - p[None] + window - 1
-    return o[..., 0] * (2 * window - 1) + o[..., 1]
-
-def shift_mask(side, window, shift):
-    """(W, n, n): -100 between tokens that only the cyclic shift brought into one window."""
-    p = torch.arange(side)
-    region = (p >= side - window).int() + (p >= side - shift).int() if shift else 0 * p
-    region = to_windows((3 * region[:, None] + region).view(1, -1, 1), side, window)[..., 0]
-    return -100.0 * (region[0, :, :, None] != region[0, :, None])
-
-class SwinBlock(nn.Module):
-    """Residual-post-norm: x <- x + norm1(attn(x)), then x <- x + norm2(mlp(x))."""
-    def __init__(self, dim, heads, side, window, shift, pretrained_window):
-        super().__init__()
-        self.attn = WindowAttention(dim, heads, side, window, shift, pretrained_window)
-        self.mlp = torchvision.ops.MLP(dim, [4 * dim, dim], activation_layer=nn.GELU)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-
-class PatchMerging(torchvision.models.swin_transformer.PatchMergingV2):
-    """Each 2 x 2 tokens become one of twice the width: (B, side^2, d) -> (B, side^2 / 4, 2d)."""
-    def forward(self, x):
-        return super().forward(x.unflatten(1, (math.isqrt(x.shape[1]), -1))).flatten(1, 2)
-
-class SwinV2(nn.Module):
-    """Swin Transformer V2 (Liu et al., CVPR 2022) for square images of one size.
-
-    images (B,3,S,S) -> tokens of the stages, (B,(S/4)^2,d), (B,(S/8)^2,2d), ...
-
-    A stage narrower than the window gets one window of its own width, unshifted (Microsoft's rule;
-    torchvision pads instead and attends to the padding). pretrained_size: of the images that the
-    weights were trained with, where it is another one, for the windows' offsets."""
-    def __init__(self, embed_dim, depths, num_heads, window_size, image_size, pretrained_size=None):
-        super().__init__()
-        self.dims, self.image_size = [embed_dim << i for i in range(len(depths))], image_size
-        features = [nn.Sequential(nn.Conv2d(3, embed_dim, 4, stride=4),
-                                  torchvision.ops.Permute([0, 2, 3, 1]), nn.LayerNorm(embed_dim))]
-        sides, pretrained_sides = (stage_sides(size, len(depths), window_size)
-                                   for size in (image_size, pretrained_size or image_size))
-        for i, (side, depth, heads) in enumerate(zip(sides, depths, num_heads)):
-            dim, window = self.dims[i], min(window_size, side)
-            if i:
-                features.append(PatchMerging(dim // 2))
-            features.append(nn.ModuleList(  # every second block shifts its windows by half
-                SwinBlock(dim, heads, side, window, window // 2 if j % 2 and side > window else 0,
-                          min(window_size, pretrained_sides[i])) for j in range(depth)))
-        self.features, self.norm = nn.ModuleList(features), nn.LayerNorm(self.dims[-1])
-        self.stages = list(zip(features[1::2], [*features[2::2], nn.Identity()]))
-        # To train from scratch: Linear layers as torchvision's, and every block the identity, for
-        # with norm1 and norm2 at their usual ones a Swin-V2 stays at chance.
-        for name, parameter in self.features[1:].named_parameters():
-            if parameter.dim() == 2:
-                nn.init.trunc_normal_(parameter, std=0.02)
-            elif "norm1" in name or "norm2" in name or "bias" in name:
-                nn.init.zeros_(parameter)
-
-    forward = stage_tokens
-
-    def embed(self, images):
-        return self.features[0](images).flatten(1, 2)                          # (B,(S/4)^2,d)
-
-    def branches(self, block):
-        return lambda x: block.norm1(block.attn(x)), lambda x: block.norm2(block.mlp(x))
-
-    def names(self, state):
-        # Microsoft's and timm's, which from 0.9 on has the merging at the start of the next stage.
-        late = int("layers.0.downsample.norm.weight" in state)
-        return ((r"^patch_embed\.proj", "features.0.0"), (r"^patch_embed\.norm", "features.0.2"),
-                (r"^layers\.(\d+)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}"),
-                (r"^layers\.(\d+)\.downsample", lambda m: f"features.{2 * (int(m[1]) + late)}"))
-
-def stage_sides(size, stages, window):
-    """Token rows of each stage, [S/4, S/8, ...]; refuses sizes that no windows can tile."""
-    sides = lambda size: [size // (4 << i) for i in range(stages)]
-    fit = [size for size in range(16, 1025, 16) if size % (2 << stages) == 0
-           and all(side <= window or side % window == 0 for side in sides(size))]
-    require(size in fit, f"image size {size} does not divide into windows of {window}; do: {fit}")
-    return sides(size)
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
+import torchvision
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import stochastic_depth
 
 # ---------------------------------------------------------------- the adapter
+
+
 class LavishAdapter(nn.Module):
     """One stream's update from the other stream, through m latent tokens (Sec. 3.2).
 
-    forward(x (B,N,dim), other (B,M,dim)) -> (B,N,dim), to be added to x. The cost is
+    forward(x (BT,N,dim), other (BT,M,dim)) -> (BT,N,dim), to be added to x. The cost is
     O(m (N + M) dim), where direct cross-attention takes O(N M dim).
-    latents=0 builds the one-stream adapter (bottleneck alone), called as forward(x).
-    A dim that reduction x groups does not divide is a ValueError."""
+    latents=0 builds the adapter that reads nothing of the other stream: it ignores `other`.
+    Raises ValueError if reduction x groups does not divide dim, or if `other` is missing."""
+
     def __init__(self, dim, latents=2, reduction=8, groups=2):
         super().__init__()
         if dim % (reduction * groups):
             raise ValueError(f"dim {dim} is no multiple of reduction {reduction} x groups {groups}")
-        if latents:
-            # Random, as in the paper: latents that start equal (zeros, in the released AVS and
-            # AVQA code) get equal gradients for ever, and m of them act as one.
+        if latents > 0:
+            # Random: latents that start equal get equal gradients for ever, so that m of them act
+            # as one. Released AVE: random (net_trans.py:55); AVQA: zeros (net_avst.py:34).
             self.latents = nn.Parameter(torch.rand(latents, dim))
             self.gate_av = nn.Parameter(torch.zeros(1))
         hidden = dim // reduction
         self.norm_in = nn.LayerNorm(dim)
-        self.down = nn.Conv1d(dim, hidden, 1, groups=groups, bias=False)
+        # A 1x1 convolution in groups is one linear layer for each group of channels.
+        wide = dim // groups
+        narrow = hidden // groups
+        self.down = nn.ModuleList(nn.Linear(wide, narrow, bias=False) for _ in range(groups))
         self.bn_down = nn.BatchNorm1d(hidden)
-        self.up = nn.Conv1d(hidden, dim, 1, groups=groups, bias=False)
+        self.up = nn.ModuleList(nn.Linear(narrow, wide, bias=False) for _ in range(groups))
         self.bn_up = nn.BatchNorm1d(dim)
         self.norm_out = nn.LayerNorm(dim)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, other=None):
-        if other is not None:
-            # compress, eq. 7: S = L + softmax(L y^T) y, y the other stream. One head, no
-            # projections, no 1/sqrt(d): the latents are the only queries there are.
-            scores = self.latents @ other.transpose(1, 2)                  # (B,m,M)
-            summary = self.latents + scores.softmax(-1) @ other            # (B,m,dim)
-            # fuse: x' = x + g_av softmax(x S^T) S
-            scores = x @ summary.transpose(1, 2)                           # (B,N,m)
-            x = x + scores.softmax(-1) @ (self.gate_av.to(x.dtype) * summary)  # bf16 stays bf16
-        # bottleneck: LN(BN(up(relu(BN(down(LN(x')))))))
-        z = self.norm_in(x).flatten(0, 1)                                  # (B*N,dim)
-        z = F.relu(self.bn_down(self.convolve(z, self.down)))              # (B*N,dim/r)
-        z = self.bn_up(self.convolve(z, self.up)).view(x.shape)            # (B,N,dim)
-        # gate: g = 0 at the start, so that the network is exactly the frozen one. It comes after
-        # the norm, which would cancel it (the released AVS code has it before).
-        return self.gate.to(x.dtype) * self.norm_out(z)
+        if hasattr(self, "latents"):
+            if other is None:
+                raise ValueError("an adapter with latents reads the other stream: give `other`")
+            # Compress, eq. 7: S = L + softmax(L y^T) y, y the other stream. One head, no
+            # projections and no 1/sqrt(d), because the latents are learned queries already.
+            attention = (self.latents @ other.transpose(1, 2)).softmax(-1)  # (BT,m,M)
+            summary = self.latents + attention @ other  # (BT,m,dim)
+            # Fuse: x' = x + g_av softmax(x S^T) S
+            attention = (x @ summary.transpose(1, 2)).softmax(-1)  # (BT,N,m)
+            x = x + self.gate_av * (attention @ summary)  # (BT,N,dim)
+
+        # Bottleneck: LN(BN(up(relu(BN(down(LN(x')))))))
+        z = self.norm_in(x).flatten(0, 1)  # (BT*N,dim)
+        z = self.bn_down(self.in_groups(self.down, z)).relu()  # (BT*N,dim/r)
+        z = self.bn_up(self.in_groups(self.up, z))  # (BT*N,dim)
+        z = self.norm_out(z.view(x.shape))  # (BT,N,dim)
+        # g = 0 at the start, so that the network is exactly the frozen one. The gate comes after
+        # the norm, which would cancel it (released AVS: before, PVT_AVSModel.py:147-152).
+        return self.gate * z
 
     @staticmethod
-    def convolve(z, conv):
-        """A grouped 1x1 convolution with the tokens as rows: one small matrix per group, and none
-        of the transposes that nn.Conv1d would want on both sides."""
-        z, weight = z.unflatten(1, (conv.groups, -1)), conv.weight.unflatten(0, (conv.groups, -1))
-        return torch.einsum("ngi,goi->ngo", z, weight.squeeze(-1)).flatten(1)
+    def in_groups(linears, z):
+        parts = z.chunk(len(linears), -1)  # (BT*N,dim/groups) each
+        return torch.cat([linear(part) for linear, part in zip(linears, parts)], -1)
 
-# ---------------------------------------------------------------- two streams, one frozen backbone
+
+# ---------------------------------------------------------------- two streams, one backbone
+
+
 class Lavish(nn.Module):
     """A frozen backbone with adapters beside every residual branch (Fig. 2).
 
-    frames         (B, 3, S, S)  normalised as the backbone's pretraining images
-    spectrograms   (B, S, S)     from fbank; B counts images, so fold clips and seconds together
-    returns        (visual, audio), each a list over stages of tokens (B, N, d), the last one after
-                   the final norm; None for a stream that is out
+    frames (BT,3,S,S) normalised as the backbone's pretraining images, spectrograms (BT,S,S) from
+    fbank -> (visual, audio), each a list over stages of tokens (BT,N,d), the last one after the
+    final norm.
 
-    modality "v" or "a" leaves one stream out altogether: not its pixels but its adapters and
-    features, and the cross-modal part of the other one's adapters.
-    drop_path: stochastic depth of the frozen branches in training, rising linearly over the blocks
-    (released: timm's default of 0.1, stated nowhere in the paper).
+    one_direction: the audio stream's adapters read nothing; vision still reads sound.
+    drop_path: stochastic depth of the frozen branches in training, rising linearly over the
+    blocks. The paper has none; released: timm's default of 0.1, by AVE/nets/net_trans.py:259,378.
     checkpoint_activations: compute each block again in the backward pass instead of keeping it."""
-    def __init__(self, backbone, latents=2, reduction=8, groups=2, modality="av", drop_path=0.0,
-                 checkpoint_activations=False):
+
+    def __init__(
+        self,
+        backbone,
+        latents=2,  # m, of each adapter
+        reduction=8,  # r
+        groups=2,
+        one_direction=False,
+        drop_path=0.0,
+        checkpoint_activations=False,
+    ):
         super().__init__()
-        self.checkpoint_activations = checkpoint_activations
+        audio_latents = 0 if one_direction else latents
         self.backbone = backbone.requires_grad_(False)
-        self.streams = {"av": ("visual", "audio"), "v": ("visual",), "a": ("audio",)}[modality]
-        latents *= modality == "av"  # without the other stream there is nothing to read
-        # [block][branch][stream]: with both streams and a Swin's two branches, four per block.
-        self.adapters = nn.ModuleList(nn.ModuleList(nn.ModuleDict(
-            {stream: LavishAdapter(dim, latents, reduction, groups) for stream in self.streams})
-            for _ in backbone.branches(block))
-            for (blocks, _), dim in zip(backbone.stages, backbone.dims) for block in blocks)
+        self.visual_adapters = make_adapters(backbone, latents, reduction, groups)
+        self.audio_adapters = make_adapters(backbone, audio_latents, reduction, groups)
         # Plain numbers, on whatever device the model is built.
-        self.drop_rates = torch.linspace(0, drop_path, len(self.adapters), device="cpu").tolist()
-        if checkpoint_activations:  # every batch will pass a batch norm twice, and count once:
-            for norm in (m for m in self.adapters.modules() if isinstance(m, nn.BatchNorm1d)):
-                norm.momentum = 1 - (1 - norm.momentum) ** 0.5  # two such steps are one as before
+        self.drop_rates = torch.linspace(
+            0, drop_path, len(self.visual_adapters), device="cpu"
+        ).tolist()
+        self.checkpoint_activations = checkpoint_activations
+        if checkpoint_activations:
+            count_batches_once(self)
 
     def train(self, mode=True):
-        super().train(mode).backbone.eval()  # frozen means its statistics too
+        super().train(mode)
+        self.backbone.eval()  # frozen means its batch statistics too
         return self
 
     def forward(self, frames, spectrograms):
-        images = {"visual": frames, "audio": spectrograms[:, None].expand(-1, 3, -1, -1)}
-        per_block, run = iter(zip(self.adapters, self.drop_rates)), self.update
+        run_block = self.run_block
         if self.checkpoint_activations and self.training:
-            run = functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
-        # The weights are shared, so that both streams run in ONE pass, along the batch: (2B,N,d).
-        stages = self.backbone(torch.cat([images[s] for s in self.streams]),
-                               lambda x, block: run(x, block, *next(per_block)))
-        tokens = dict(zip(self.streams, zip(*(stage.chunk(len(self.streams)) for stage in stages))))
-        return tokens.get("visual"), tokens.get("audio")
+            run_block = partial(checkpoint, self.run_block, use_reentrant=False)
+        x_v = self.backbone.embed(frames)  # (BT,N,d)
+        x_a = self.backbone.embed(three_channels(spectrograms))  # (BT,N,d)
+        visual = []
+        audio = []
+        number = 0  # of the block, counted over all stages
+        for blocks, merge in self.backbone.stages:
+            for block in blocks:
+                x_v, x_a = run_block(block, number, x_v, x_a)
+                number += 1
+            visual.append(x_v)
+            audio.append(x_a)
+            x_v = merge(x_v)  # (BT,N/4,2d)
+            x_a = merge(x_a)
+        visual[-1] = self.backbone.norm(visual[-1])
+        audio[-1] = self.backbone.norm(audio[-1])
+        return visual, audio
 
-    def update(self, x, block, adapters, drop):
-        """Y = X + MSA(X) + LAV(X), then Z = Y + MLP(Y) + LAV(Y), for both streams X."""
-        for branch, lav in zip(self.backbone.branches(block), adapters):
-            frozen = torchvision.ops.stochastic_depth(branch(x), drop, "row", self.training)
-            if len(self.streams) == 1:
-                x = x + frozen + lav[self.streams[0]](x)
-            else:  # LAV(X_v <- X_a) and LAV(X_a <- X_v), both from what neither has changed yet
-                v, a = x.chunk(2)                                              # (B,N,d) each
-                x = x + frozen + torch.cat([lav["visual"](v, a), lav["audio"](a, v)])
-        return x
+    def run_block(self, block, number, x_v, x_a):
+        """Y = X + MSA(X) + LAV(X), then Z = Y + MLP(Y) + LAV(Y), for both streams X (BT,N,d)."""
+        branches = self.backbone.branches(block)  # of a transformer: attention, then MLP
+        visual_adapters = self.visual_adapters[number]
+        audio_adapters = self.audio_adapters[number]
+        for branch, adapter_v, adapter_a in zip(branches, visual_adapters, audio_adapters):
+            # The frozen branch. Its weights are shared, so that both streams run as one batch.
+            frozen = branch(torch.cat([x_v, x_a]))  # (2BT,N,d)
+            frozen = stochastic_depth(frozen, self.drop_rates[number], "row", self.training)
+            frozen_v, frozen_a = frozen.chunk(2)  # (BT,N,d) each
+            # The adapters. Each reads the other stream as it was before this branch.
+            lav_v = adapter_v(x_v, x_a)  # LAV(X_v <- X_a)
+            lav_a = adapter_a(x_a, x_v)  # LAV(X_a <- X_v)
+            x_v = x_v + frozen_v + lav_v
+            x_a = x_a + frozen_a + lav_a
+        return x_v, x_a
 
-    def pooled(self, frames, spectrograms):
-        """(B,T,3,S,S), (B,T,S,S) -> (B,T,d or 2d): what stands for each image, a ViT's class token
-        or the mean over the tokens, of both streams side by side."""
-        streams = self(frames.flatten(0, 1), spectrograms.flatten(0, 1))
-        chosen = slice(0, 1 if hasattr(self.backbone, "class_token") else None)
-        pooled = [tokens[-1][:, chosen].mean(1) for tokens in streams if tokens]
-        return torch.cat(pooled, -1).unflatten(0, (len(frames), -1))
+
+class OneStream(nn.Module):
+    """One stream alone, as in Table 1: modality "v" sees the frames, "a" hears the spectrograms.
+
+    In and out as Lavish, but the other stream's tokens are zeros: the head reads nothing in them.
+    The adapters keep their ReLU; released AVE has none here (net_trans.py:158-170)."""
+
+    def __init__(self, backbone, modality, reduction=8, groups=2):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.modality = modality
+        self.adapters = make_adapters(backbone, 0, reduction, groups)
+
+    def forward(self, frames, spectrograms):
+        sees = self.modality == "v"
+        images = frames if sees else three_channels(spectrograms)
+        tokens = frozen_forward(self.backbone, images, self.adapters)
+        nothing = [torch.zeros_like(x) for x in tokens]
+        return (tokens, nothing) if sees else (nothing, tokens)
+
+
+def frozen_forward(backbone, images, adapters=None):
+    """The backbone alone: images (BT,3,S,S) -> list of tokens (BT,N,d) at the end of each stage,
+    before merging, the last one after the final norm. adapters: of one stream, beside the
+    branches."""
+    x = backbone.embed(images)  # (BT,N,d)
+    tokens = []
+    number = 0
+    for blocks, merge in backbone.stages:
+        for block in blocks:
+            for i, branch in enumerate(backbone.branches(block)):
+                update = branch(x)
+                if adapters is not None:
+                    update = update + adapters[number][i](x)
+                x = x + update
+            number += 1
+        tokens.append(x)
+        x = merge(x)  # (BT,N/4,2d)
+    tokens[-1] = backbone.norm(tokens[-1])
+    return tokens
+
+
+def make_adapters(backbone, latents, reduction, groups):
+    """One stream's adapters, [block][branch]: a transformer block has one beside its attention and
+    one beside its MLP."""
+    adapters = nn.ModuleList()
+    for (blocks, _), dim in zip(backbone.stages, backbone.dims):
+        for block in blocks:
+            branches = backbone.branches(block)
+            beside = [LavishAdapter(dim, latents, reduction, groups) for _ in branches]
+            adapters.append(nn.ModuleList(beside))
+    return adapters
+
+
+def count_batches_once(net):
+    """Recomputed blocks pass a batch through each batch norm twice. A running statistic s moves by
+    s <- (1 - a) s + a b. Two such steps with a' are one with a if (1 - a')^2 = 1 - a."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = 1 - (1 - module.momentum) ** 0.5
+
+
+def three_channels(spectrograms):
+    """(BT,S,S) -> (BT,3,S,S): to an image backbone sound is a grey picture."""
+    return spectrograms[:, None].expand(-1, 3, -1, -1)
+
+
+def pooled(net, frames, spectrograms):
+    """frames (B,T,3,S,S), spectrograms (B,T,S,S) -> (B,T,2d): what stands for each image, a ViT's
+    class token or the mean over the tokens, both streams side by side."""
+    vectors = []
+    for stages in net(frames.flatten(0, 1), spectrograms.flatten(0, 1)):
+        tokens = stages[-1]  # (BT,N,d)
+        is_vit = hasattr(net.backbone, "class_token")
+        vectors.append(tokens[:, 0] if is_vit else tokens.mean(1))  # (BT,d)
+    return torch.cat(vectors, -1).unflatten(0, (len(frames), -1))
+
+
+# ---------------------------------------------------------------- sound becomes an image
+
+SAMPLE_RATE = 16000
+# Mean and std of AVE's spectrograms at a 5.2 ms shift (AVE/dataloader.py:84-85). Other data and
+# other sizes want their own: `python data.py stats`.
+AVE_MEAN = -4.984795570373535
+AVE_STD = 3.7079780101776123
+
+
+def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
+    """One second of sound as a log-mel image.
+
+    waveform: (16000,) mono at 16 kHz, in [-1, 1]
+    returns:  (size, size), rows are time and columns are mel bins, about zero mean and 0.5 std
+    Raises ValueError for a waveform of another length."""
+    if waveform.shape != (SAMPLE_RATE,):
+        raise ValueError(f"fbank takes one second, ({SAMPLE_RATE},); got {tuple(waveform.shape)}")
+    # `size` steps span one second: 998.4 / 192 = 5.2 ms, the supplementary's shift, and the same
+    # span at other sizes. The other options: AVE/dataloader.py:171; windows of 25 ms are Kaldi's
+    # default. Kaldi removes each window's mean itself.
+    image = torchaudio.compliance.kaldi.fbank(
+        waveform[None],
+        sample_frequency=SAMPLE_RATE,
+        num_mel_bins=size,
+        frame_shift=998.4 / size,
+        window_type="hanning",
+        htk_compat=True,
+    )  # (rows,size)
+    # AST's convention: half a standard deviation (AVE/dataloader.py:174).
+    image = (image - mean) / (2 * std)
+    # The last window must end within the second, so that there are 188 rows at size 192. The rows
+    # that pad come after the normalisation: they hold the mean level, which is not silence.
+    return F.pad(image, (0, 0, 0, size - len(image)))
+
 
 # ---------------------------------------------------------------- the tasks' heads
-# Logits are float32 under autocast too, for the losses.
+# Logits are float32 under autocast too, because the losses need it.
+
 
 class AVE(nn.Module):
     """Audio-visual event localisation: which event is seen and heard in each second (Sec. 4.1).
 
     frames (B,T,3,S,S), spectrograms (B,T,S,S) -> logits (B,T,classes), the last class background
     extra: width of more features (B,T,extra), as VGGish's 128 (Table 3 of the supplementary)"""
-    def __init__(self, net, classes=29, hidden=512, extra=0):
+
+    def __init__(
+        self,
+        net,
+        classes=29,  # 28 events and the background
+        extra=0,
+    ):
         super().__init__()
-        self.net, width = net, len(net.streams) * net.backbone.dims[-1] + extra
-        # Two linear layers with nothing between them, as released.
-        self.head = nn.Sequential(nn.Linear(width, hidden), nn.Linear(hidden, classes))
+        self.net = net
+        width = 2 * net.backbone.dims[-1] + extra
+        # Two linear layers with nothing between them (AVE/nets/net_trans.py:420-421): linear in
+        # the two streams' features, so that any interaction must happen in the adapters.
+        self.head = nn.Sequential(nn.Linear(width, 512), nn.Linear(512, classes))
 
-    def forward(self, frames, spectrograms, *extra):
-        pooled = self.net.pooled(frames, spectrograms)                         # (B,T,2d)
-        return self.head(torch.cat([pooled, *extra], -1)).float()
+    def forward(self, frames, spectrograms, extra=None):
+        features = pooled(self.net, frames, spectrograms)  # (B,T,2d)
+        if extra is not None:
+            features = torch.cat([features, extra], -1)  # (B,T,2d+extra)
+        return self.head(features).float()
 
-def to_maps(tokens):  # (B,H*H,d) -> (B,d,H,H)
-    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+
+class UCF101(nn.Module):
+    """Action recognition (Table 2 of the supplementary): what is done in a clip.
+
+    frames (B,16,3,S,S), spectrograms (B,8,S,S), one per two frames -> logits (B,classes)"""
+
+    def __init__(self, net, classes=101):
+        super().__init__()
+        self.net = net
+        self.head = nn.Linear(2 * net.backbone.dims[-1], classes)
+
+    def forward(self, frames, spectrograms):
+        spectrograms = spectrograms.repeat_interleave(2, 1)  # (B,16,S,S)
+        # VideoMAE has one vector for a clip, a backbone of images has 16.
+        features = pooled(self.net, frames, spectrograms).mean(1)  # (B,2d)
+        return self.head(features).float()
+
+
+class AVS(nn.Module):
+    """Audio-visual segmentation: a mask of what sounds, by AVSBench's decoder (Sec. 4.1).
+
+    frames (B,T,3,S,S), spectrograms (B,T,S,S) -> mask logits (B,T,mask_size,mask_size); T is 1
+    with first_only=True, which is all that the loss of S4 looks at (avs_s4/loss.py:17-24).
+    tpavi: AVSBench's own audio-visual block too. The paper's parameter count has none, nor has the
+    command of the released README (avs_s4/base_options.py:36); avs_s4/train.sh:21 has it.
+    Widths, dilations and the start of the convolutions are those of AVSBench's PVT decoder.
+    Raises InputError for a backbone of one stage."""
+
+    def __init__(
+        self,
+        net,
+        mask_size=224,  # pixels a side
+        channels=256,  # of all maps in the decoder
+        tpavi=False,
+    ):
+        super().__init__()
+        self.net = net
+        self.mask_size = mask_size
+        dims = net.backbone.dims
+        require(len(dims) > 1, "segmentation needs the maps of several stages: a Swin-V2")
+        widths = [
+            channels // 4,
+            channels // 2,
+            channels * 5 // 4,
+            channels * 2,
+        ]  # 64, 128, 320, 512
+        self.project = nn.ModuleList(nn.Linear(dim, width) for dim, width in zip(dims, widths))
+        self.context = nn.ModuleList(DilatedContext(w, channels) for w in widths[: len(dims)])
+        self.tpavi = None
+        if tpavi:
+            self.audio = nn.Linear(dims[-1], 128)  # 128: VGGish's width, once
+            self.tpavi = nn.ModuleList(TPAVI(channels) for _ in dims)
+        # The coarsest map has nothing to be added to; the released unit for it is never used.
+        self.skip = nn.ModuleList(ResidualUnit(channels) for _ in dims[1:])
+        self.fuse = nn.ModuleList(ResidualUnit(channels) for _ in dims)
+        self.mask = nn.Sequential(
+            nn.Conv2d(channels, channels // 2, 3, padding=1),
+            nn.Upsample((mask_size, mask_size), mode="bilinear"),
+            nn.Conv2d(channels // 2, channels // 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels // 8, 1, 1),
+        )
+
+    def forward(self, frames, spectrograms, first_only=False):
+        B, T = frames.shape[:2]
+        visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
+        maps = []
+        for i, tokens in enumerate(visual):
+            x = to_maps(self.project[i](tokens))  # (BT,w,H,H)
+            maps.append(
+                F.interpolate(x, self.side(i + 1), mode="bicubic")
+            )  # mask_size / 4, / 8 ...
+        sound = None
+        if self.tpavi is not None:
+            sound = self.audio(audio[-1].mean(1))  # (BT,128)
+            sound = sound.unflatten(0, (B, T))
+        # Frames meet in TPAVI alone, so that those without a loss need no further decoding.
+        logits = self.decode(maps, sound, T if first_only else 1)  # (BT,1,mask,mask)
+        logits = logits.unflatten(0, (B, -1))  # (B,T,1,mask,mask)
+        return logits.squeeze(2).float()
+
+    def decode(self, maps, sound=None, step=1):
+        """maps [(BT,w,side,side)], sound (B,T,128) -> logits (BT/step,1,mask,mask) of every
+        step-th frame."""
+        fused = 0
+        for i in reversed(range(len(maps))):  # from coarse to fine
+            x = self.context[i](maps[i])  # (BT,C,side,side)
+            if self.tpavi is not None:
+                x = self.tpavi[i](x, sound)
+            x = x[::step]
+            if i < len(self.skip):
+                x = fused + self.skip[i](x)
+            x = self.fuse[i](x)
+            fused = F.interpolate(x, self.side(i), mode="bilinear", align_corners=True)
+        return self.mask(fused)
+
+    def side(self, i):
+        """Map i is mask_size / 2^(i+2) wide, and grows to twice that once it is fused."""
+        return self.mask_size // 2 ** (i + 1)
+
+
+def to_maps(tokens):
+    """(BT,H*H,d) -> (BT,d,H,H)"""
+    side = math.isqrt(tokens.shape[1])
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+class DilatedContext(nn.Module):
+    """The sum of four convolutions that look 3, 6, 12, 18 pixels far: (BT,w,H,H) -> (BT,C,H,H)."""
+
+    def __init__(self, width, channels):
+        super().__init__()
+        self.convs = nn.ModuleList()
+        for reach in (3, 6, 12, 18):
+            conv = nn.Conv2d(width, channels, 3, padding=reach, dilation=reach)
+            nn.init.normal_(conv.weight, std=0.01)
+            self.convs.append(conv)
+
+    def forward(self, x):
+        return sum(conv(x) for conv in self.convs)
+
+
+class ResidualUnit(nn.Module):
+    """relu(x) + conv(relu(conv(relu(x)))): the shortcut is rectified too, because the released
+    unit's first relu works in place (AVS PVT_AVSModel.py:205)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        x = x.relu()
+        return x + self.conv2(self.conv1(x).relu())
+
 
 class TPAVI(nn.Module):
     """Temporal pixel-wise audio-visual interaction (AVSBench, ECCV 2022): every pixel of a clip
     reads all others, weighted by how its theta agrees with the sound phi of their frame.
 
-    x (B*T,C,H,W), audio (B,T,audio_dim) -> z (B*T,C,H,W); for pixel p of frame t, over T frames of
+    x (BT,C,H,W), sound (B,T,128) -> z (BT,C,H,W); for pixel p of frame t, over T frames of
     P = H W pixels,
 
         y_tp = 1/(TP) sum_t'p' (theta_tp . phi_t') g_t'p'            z = LN(x + BN(W y))
@@ -399,320 +477,575 @@ class TPAVI(nn.Module):
 
         y_tp = theta_tp [1/T sum_t' phi_t'^T gbar_t'],    gbar_t = mean_p g(x_tp) = g(mean_p x_tp)
     """
-    def __init__(self, channels, audio_dim=128):
+
+    def __init__(self, channels):
         super().__init__()
-        self.align = nn.Linear(audio_dim, channels)
-        self.theta, self.phi, self.g = (nn.Linear(channels, channels // 2) for _ in range(3))
-        self.out, self.bn = nn.Linear(channels // 2, channels), nn.BatchNorm1d(channels)
+        self.align = nn.Linear(128, channels)
+        self.theta = nn.Linear(channels, channels // 2)
+        self.phi = nn.Linear(channels, channels // 2)
+        self.g = nn.Linear(channels, channels // 2)
+        self.out = nn.Linear(channels // 2, channels)
+        self.bn = nn.BatchNorm1d(channels)
         self.norm = nn.LayerNorm(channels)
         nn.init.zeros_(self.bn.weight)  # at the start the sound has no say: z = LN(x)
 
-    def forward(self, x, audio):
-        B, T, _ = audio.shape
-        x = x.movedim(1, -1)                                               # (B*T,H,W,C)
-        phi = self.phi(self.align(audio))                                  # (B,T,C/2)
-        gbar = self.g(x.mean((1, 2))).view(B, T, -1)                       # (B,T,C/2)
-        theta = self.theta(x).reshape(B, -1, gbar.shape[-1])               # (B,T*H*W,C/2)
-        y = self.out(theta @ (phi.transpose(1, 2) @ gbar / T))             # (B,T*H*W,C)
-        return self.norm(x + self.bn(y.flatten(0, 1)).view(x.shape)).movedim(-1, 1)
+    def forward(self, x, sound):
+        B, T, _ = sound.shape
+        x = x.movedim(1, -1)  # (BT,H,W,C)
+        phi = self.phi(self.align(sound))  # (B,T,C/2)
+        gbar = self.g(x.mean((1, 2))).view(B, T, -1)  # (B,T,C/2)
+        kernel = phi.transpose(1, 2) @ gbar / T  # (B,C/2,C/2)
+        theta = self.theta(x).reshape(B, -1, kernel.shape[1])  # (B,T*H*W,C/2)
+        y = self.out(theta @ kernel)  # (B,T*H*W,C)
+        y = self.bn(y.flatten(0, 1)).view(x.shape)  # (BT,H,W,C)
+        return self.norm(x + y).movedim(-1, 1)
 
-class ResidualUnit(nn.Module):
-    """relu(x) + conv(relu(conv(relu(x)))): the shortcut is rectified too, because the released
-    code's first relu works in place."""
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-
-    def forward(self, x):
-        x = F.relu(x)
-        return x + self.conv2(F.relu(self.conv1(x)))
-
-class AVS(nn.Module):
-    """Audio-visual segmentation: a mask of what sounds, by AVSBench's decoder (Sec. 4.1).
-
-    frames (B,T,3,S,S), spectrograms (B,T,S,S) -> mask logits (B,T,mask_size,mask_size); T is 1
-    with first=True, all that the loss of S4 looks at. Without sound there is no TPAVI; without
-    frames, or with a backbone of one stage, an InputError. Widths, dilations, the start of the
-    convolutions and 128 channels of sound (VGGish's, once) are those of AVSBench's PVT decoder."""
-    def __init__(self, net, mask_size=224, channels=256, widths=(64, 128, 320, 512),
-                 mask_widths=(128, 32), audio_dim=128):
-        super().__init__()
-        self.net, dims = net, net.backbone.dims
-        require("visual" in net.streams and len(dims) > 1,
-                "segmentation needs frames, and a Swin-V2 or a ResNet for its maps")
-        n, audible = len(dims), "audio" in net.streams
-        # Map i has side sizes[i + 1], mask_size / 4, / 8 ...; once fused it grows to sizes[i].
-        self.sizes = [max(1, mask_size // 2 ** (i + 1)) for i in range(n + 1)]
-        self.project = nn.ModuleList(nn.Linear(d, w) for d, w in zip(dims, widths))
-        self.dilated = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(w, channels, 3, padding=r, dilation=r) for r in (3, 6, 12, 18))
-            for w in widths[:n])
-        for weight in (p for p in self.dilated.parameters() if p.dim() == 4):
-            nn.init.normal_(weight, std=0.01)
-        self.audio = nn.Linear(dims[-1], audio_dim) if audible else None
-        self.tpavi = nn.ModuleList(TPAVI(channels, audio_dim) for _ in range(n if audible else 0))
-        # The coarsest map is added to nothing; the released unit for it (1.18M) is never used.
-        self.skip = nn.ModuleList([*(ResidualUnit(channels) for _ in range(n - 1)), nn.Identity()])
-        self.fuse = nn.ModuleList(ResidualUnit(channels) for _ in range(n))
-        self.mask = nn.Sequential(
-            nn.Conv2d(channels, mask_widths[0], 3, padding=1),
-            nn.Upsample((mask_size, mask_size), mode="bilinear"),
-            nn.Conv2d(*mask_widths, 3, padding=1), nn.ReLU(), nn.Conv2d(mask_widths[1], 1, 1))
-
-    def forward(self, frames, spectrograms, first=False):
-        B, T = frames.shape[:2]
-        visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
-        maps = [F.interpolate(to_maps(project(tokens)), size, mode="bicubic")  # (B*T,w,size,size)
-                for tokens, project, size in zip(visual, self.project, self.sizes[1:])]
-        if audio:
-            audio = self.audio(audio[-1].mean(1)).view(B, T, -1)               # (B,T,128)
-        return self.decode(maps, audio, T if first else 1).view(B, -1, *self.mask[1].size).float()
-
-    def decode(self, maps, audio=None, step=1):
-        """maps [(B*T,w,size,size)], audio (B,T,128) -> logits of every step-th frame."""
-        maps = [sum(conv(x) for conv in convs) for x, convs in zip(maps, self.dilated)]
-        if audio is not None:
-            maps = [tpavi(x, audio) for x, tpavi in zip(maps, self.tpavi)]     # (B*T,C,size,size)
-        x = 0
-        for i in reversed(range(len(maps))):                                   # coarse to fine
-            x = F.interpolate(self.fuse[i](x + self.skip[i](maps[i][::step])), self.sizes[i],
-                              mode="bilinear", align_corners=True)
-        return self.mask(x)                                                    # (B*T,1,mask,mask)
-
-class TemporalGrounding(nn.Module):
-    """When? The question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D). Heads and
-    dropout are MUSIC-AVQA's."""
-    def __init__(self, hidden, heads=4, dropout=0.1):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(hidden, heads, dropout, batch_first=True)
-        self.mlp = torchvision.ops.MLP(hidden, [hidden, hidden], dropout=dropout)
-        self.norm = nn.LayerNorm(hidden)
-
-    def forward(self, question, seconds):
-        z = self.attention(question[:, None], seconds, seconds, need_weights=False)[0][:, 0]
-        # LN(z + MLP(z)) + mean_t s_t: the mean keeps what every second says, asked for or not.
-        return self.norm(z + self.mlp(z)) + seconds.mean(1)
 
 class AVQA(nn.Module):
     """Audio-visual question answering, with the head of MUSIC-AVQA (Li et al., CVPR 2022).
 
     frames (B,T,3,S,S), spectrograms (B,T,S,S), question (B,W) word indices,
-    foreign (B,T,3,S,S) frames of other videos, in training only
-    -> answer logits (B,answers), match: logits (2*B*T,2), real frames first, class 1 "this frame
-    goes with this sound"; None without foreign frames or with one stream out."""
-    def __init__(self, net, words=93, answers=42, hidden=512):
+    negatives (B,T,3,S,S): frames of other videos, in training with both streams
+    -> answer logits (B,answers), match logits (2*BT,2): the clip's own frames first, class 1 "this
+    frame goes with this sound"; None without negatives."""
+
+    def __init__(
+        self,
+        net,
+        words=93,  # of the vocabulary, with the padding
+        answers=42,
+        hidden=512,  # D
+    ):
         super().__init__()
-        self.net, dim, joint = net, net.backbone.dims[-1], len(net.streams) * hidden
-        self.words = nn.Embedding(words, hidden)
+        self.net = net
+        dim = net.backbone.dims[-1]
+        self.embedding = nn.Embedding(words, hidden)
         self.lstm = nn.LSTM(hidden, hidden, batch_first=True)
         self.question = nn.Linear(2 * hidden, hidden)
-        if "audio" in net.streams:
-            self.audio_in, self.audio_out = nn.Linear(dim, hidden), nn.Linear(hidden, hidden)
-            self.when_heard = TemporalGrounding(hidden)
-        if "visual" in net.streams:
-            self.visual_in, self.visual_out = nn.Linear(dim, hidden), nn.Linear(joint, hidden)
-            self.when_seen = TemporalGrounding(hidden)
-        if len(net.streams) == 2:
-            self.match = torchvision.ops.MLP(joint, [hidden, hidden // 2, hidden // 4, 2])
-        self.fusion, self.answer = nn.Linear(joint, hidden), nn.Linear(hidden, answers)
+        self.audio_in = nn.Linear(dim, hidden)
+        self.audio_out = nn.Linear(hidden, hidden)
+        self.visual_in = nn.Linear(dim, hidden)
+        self.visual_out = nn.Linear(2 * hidden, hidden)
+        self.when_heard = TemporalGrounding(hidden)
+        self.when_seen = TemporalGrounding(hidden)
+        self.match = torchvision.ops.MLP(2 * hidden, [hidden, hidden // 2, hidden // 4, 2])
+        self.fusion = nn.Linear(2 * hidden, hidden)
+        self.answer = nn.Linear(hidden, answers)
 
-    def forward(self, frames, spectrograms, question, foreign=None):
+    def forward(self, frames, spectrograms, question, negatives=None):
         visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
-        if foreign is not None and len(self.net.streams) == 2:
-            with torch.no_grad():  # as released: through the frozen backbone, without adapters
-                foreign = self.net.backbone(foreign.flatten(0, 1))[-1]         # (B*T,N,d)
-        return self.reason(visual and visual[-1], audio and audio[-1], question, foreign)
+        if negatives is not None:
+            # Through the frozen backbone without adapters (AVQA/net_grd_avst/net_avst.py:365-368).
+            with torch.no_grad():
+                negatives = frozen_forward(self.net.backbone, negatives.flatten(0, 1))[-1]
+        return self.reason(visual[-1], audio[-1], question, negatives)
 
-    def reason(self, visual, audio, question, foreign=None):
-        """Last-stage tokens (B*T,N,d) of the streams and of foreign frames -> as forward."""
-        B, heard, found, match = len(question), None, [], None  # heard, seen: one vector a second
-        # As released, the LSTM reads the padding too: W must be one number for all questions.
-        _, (h, c) = self.lstm(self.words(question).tanh())                     # (1,B,D) each
-        question = self.question(torch.cat([h[0], c[0]], -1).tanh())           # (B,D)
-        if audio is not None:
-            heard = self.audio_out(self.audio_in(audio.mean(1)).relu())        # (B*T,D)
-            found.append(self.when_heard(question, heard.unflatten(0, (B, -1))))
-        if visual is not None:
-            seen = self.ground(visual, heard)                                  # (B*T,D)
-            found.append(self.when_seen(question, seen.unflatten(0, (B, -1))))
-        fused = self.fusion(torch.cat(found, -1).tanh())                       # (B,D)
-        if foreign is not None and len(found) == 2:
-            frames = torch.cat([seen, self.ground(foreign, heard)])            # (2*B*T,D)
-            match = self.match(torch.cat([heard.repeat(2, 1), frames], -1)).float()
-        return self.answer((question * fused).tanh()).float(), match
+    def reason(self, visual, audio, question, negatives=None):
+        """Last-stage tokens (BT,N,d) of the streams and of the negatives -> as forward."""
+        B = len(question)
+        question = self.encode(question)  # (B,D)
+        heard = self.audio_out(self.audio_in(audio.mean(1)).relu())  # (BT,D)
+        seen = self.ground(visual, heard)  # (BT,D)
+        audio = self.when_heard(question, heard.unflatten(0, (B, -1)))  # (B,D)
+        visual = self.when_seen(question, seen.unflatten(0, (B, -1)))  # (B,D)
+        fused = torch.cat([audio, visual], -1)  # (B,2D)
+        fused = self.fusion(fused.tanh())  # (B,D)
+        answer = self.answer((question * fused).tanh()).float()  # (B,answers)
+        if negatives is None:
+            return answer, None
+        own = torch.cat([heard, seen], -1)  # (BT,2D)
+        other = torch.cat([heard, self.ground(negatives, heard)], -1)  # (BT,2D)
+        return answer, self.match(torch.cat([own, other])).float()  # (2*BT,2)
+
+    def encode(self, question):
+        """Word indices (B,W) -> (B,D). The LSTM reads the padding too (net_avst.py:190-195), so
+        that W must be one number for all questions."""
+        # CPUs without bf16 instructions have no LSTM in bf16, so it stays out of autocast.
+        with torch.autocast(question.device.type, enabled=False):
+            _, (h, c) = self.lstm(self.embedding(question).tanh())  # (1,B,D) each
+        memory = torch.cat([h[0], c[0]], -1)  # (B,2D)
+        return self.question(memory.tanh())
 
     def ground(self, visual, heard):
-        """Where? sum_n softmax_n(cos(a, v_n)) v_n / |v_n|, beside the plain mean -> (B*T,D)."""
-        tokens = self.visual_in(visual)                                        # (B*T,N,D)
-        views = [tokens.mean(1)]
-        if heard is not None:
-            unit = F.normalize(tokens, dim=-1)
-            cosine = unit @ F.normalize(heard, dim=-1)[..., None]              # (B*T,N,1)
-            views.append((cosine.softmax(1) * unit).sum(1))
-        return self.visual_out(torch.cat(views, -1).tanh())
+        """Where? sum_n softmax_n(cos(a, v_n)) v_n / |v_n|, beside the plain mean -> (BT,D)."""
+        tokens = self.visual_in(visual)  # (BT,N,D)
+        unit = F.normalize(tokens, dim=-1)
+        cosine = unit @ F.normalize(heard, dim=-1)[..., None]  # (BT,N,1)
+        grounded = (cosine.softmax(1) * unit).sum(1)  # (BT,D)
+        views = torch.cat([tokens.mean(1), grounded], -1)  # (BT,2D)
+        return self.visual_out(views.tanh())
 
-class UCF101(nn.Module):
-    """Action recognition (Table 2 of the supplementary): what is done in a clip.
 
-    frames (B,16,3,S,S), spectrograms (B,8,S,S), one per tubelet -> logits (B,classes)"""
-    def __init__(self, net, classes=101):
+class TemporalGrounding(nn.Module):
+    """When? The question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D). Heads and
+    dropout are MUSIC-AVQA's (net_avst.py:228-241)."""
+
+    def __init__(self, hidden):
         super().__init__()
-        self.net, self.head = net, nn.Linear(len(net.streams) * net.backbone.dims[-1], classes)
+        self.attention = nn.MultiheadAttention(hidden, 4, dropout=0.1, batch_first=True)
+        self.mlp = torchvision.ops.MLP(hidden, [hidden, hidden], dropout=0.1)
+        self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, frames, spectrograms):
-        # VideoMAE has one vector for a clip; a backbone of images 16, to be averaged.
-        pooled = self.net.pooled(frames, spectrograms.repeat_interleave(2, 1)).mean(1)  # (B,2d)
-        return self.head(pooled).float()
+    def forward(self, question, seconds):
+        z, _ = self.attention(question[:, None], seconds, seconds, need_weights=False)
+        z = z[:, 0]  # (B,D)
+        # LN(z + MLP(z)) + mean_t s_t: the mean keeps what every second says, asked for or not.
+        return self.norm(z + self.mlp(z)) + seconds.mean(1)
+
+
+# ---------------------------------------------------------------- the frozen backbone: Swin-V2
+# What the nets above need of a backbone, so that another one can take Swin's place:
+#     embed(images (BT,3,S,S)) -> tokens (BT,N,d)
+#     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
+#     branches(block): the functions f in x <- x + f(x), here attention and MLP
+#     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
+#     names(state dict): (pattern, replacement) that turn other publishers' names into ours
+
+
+class SwinV2(nn.Module):
+    """Swin Transformer V2 (Liu et al., CVPR 2022) for square images of one size.
+
+    images (BT,3,S,S) -> tokens of the stages, (BT,(S/4)^2,d), (BT,(S/8)^2,2d), ...
+
+    A stage narrower than the window gets one window of its own width, unshifted (Microsoft's rule;
+    torchvision pads instead and attends to the padding). Parameters have torchvision's names.
+    Published weights want their own image size, because the position bias follows the windows."""
+
+    forward = frozen_forward
+
+    def __init__(
+        self,
+        embed_dim,  # width of the first stage; each other one has twice that of the one before
+        depths,  # blocks of each stage
+        num_heads,  # of each stage
+        window_size,  # in tokens
+        image_size,  # in pixels
+    ):
+        super().__init__()
+        self.image_size = image_size
+        self.dims = [embed_dim * 2**i for i in range(len(depths))]
+        sides = stage_sides(image_size, len(depths), window_size)
+        patches = nn.Conv2d(3, embed_dim, 4, 4)
+        channels_last = torchvision.ops.Permute([0, 2, 3, 1])
+        self.features = nn.ModuleList()
+        self.features.append(nn.Sequential(patches, channels_last, nn.LayerNorm(embed_dim)))
+        for i, side in enumerate(sides):
+            if i > 0:
+                self.features.append(PatchMerging(self.dims[i - 1]))
+            window = min(window_size, side)
+            blocks = nn.ModuleList()
+            for j in range(depths[i]):
+                # Every second block shifts its windows by half, if there is more than one.
+                shift = window // 2 if j % 2 == 1 and side > window else 0
+                blocks.append(SwinBlock(self.dims[i], num_heads[i], side, window, shift))
+            self.features.append(blocks)
+        self.norm = nn.LayerNorm(self.dims[-1])
+        merges = [*self.features[2::2], nn.Identity()]
+        self.stages = list(zip(self.features[1::2], merges))
+        start_near_identity(self.features[1:])
+
+    def embed(self, images):
+        return self.features[0](images).flatten(1, 2)  # (BT,(S/4)^2,d)
+
+    def branches(self, block):
+        return [block.attention_branch, block.mlp_branch]
+
+    def names(self, state):
+        # Microsoft's and timm's, which from 0.9 on has the merging at the start of the next stage.
+        merge = 2 if "layers.0.downsample.norm.weight" in state else 0
+        names = [
+            ("patch_embed.proj", "features.0.0"),
+            ("patch_embed.norm", "features.0.2"),
+        ]
+        for i in range(4):
+            names.append((f"layers.{i}.blocks", f"features.{2 * i + 1}"))
+            names.append((f"layers.{i}.downsample", f"features.{2 * i + merge}"))
+        return names
+
+
+class SwinBlock(nn.Module):
+    """Residual-post-norm: x <- x + norm1(attn(x)), then x <- x + norm2(mlp(x))."""
+
+    def __init__(self, dim, heads, side, window, shift):
+        super().__init__()
+        self.attn = WindowAttention(dim, heads, side, window, shift)
+        self.mlp = torchvision.ops.MLP(dim, [4 * dim, dim], activation_layer=nn.GELU)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def attention_branch(self, x):
+        return self.norm1(self.attn(x))
+
+    def mlp_branch(self, x):
+        return self.norm2(self.mlp(x))
+
+
+class WindowAttention(torchvision.models.swin_transformer.ShiftedWindowAttentionV2):
+    """Swin-V2's attention (Liu et al. 2022): cosine, within windows, log-spaced position bias.
+
+        softmax(cos(q, k) / tau + 16 sigmoid(MLP(log-spaced offset))) v,   1 / tau <= 100
+
+    tokens (BT, side*side, dim) -> (BT, side*side, dim). The parameters and the position bias are
+    torchvision's: qkv, proj, logit_scale (log 1/tau), cpb_mlp and a table of offsets."""
+
+    def __init__(
+        self,
+        dim,
+        heads,
+        side,  # tokens in a row of the image
+        window,  # tokens in a row of a window
+        shift,  # by how many tokens the windows are shifted
+    ):
+        super().__init__(dim, [window, window], [shift, shift], heads)
+        order = window_order(side, window, shift).flatten()
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("inverse", order.argsort(), persistent=False)
+        self.register_buffer("mask", shift_mask(side, window, shift), persistent=False)
+
+    def forward(self, x):
+        BT, N, C = x.shape
+        W, n, _ = self.mask.shape  # W windows of n tokens
+        x = x.index_select(1, self.order).view(BT, W, n, C)
+        # Keys have no bias: under the cosine it would not cancel.
+        q_bias, _, v_bias = self.qkv.bias.chunk(3)
+        bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, -1)  # (BT,W,n,C) each
+        q = q.view(BT, W, n, self.num_heads, -1).transpose(2, 3)  # (BT,W,heads,n,C/heads)
+        k = k.view(BT, W, n, self.num_heads, -1).transpose(2, 3)
+        v = v.view(BT, W, n, self.num_heads, -1).transpose(2, 3)
+
+        # Cosine attention: unit vectors, and a learned temperature instead of 1/sqrt(d).
+        scale = self.logit_scale.clamp(max=math.log(100)).exp()  # (heads,1,1)
+        q = F.normalize(q, dim=-1) * scale
+        k = F.normalize(k, dim=-1)
+        # The position bias at full precision, and -100 across the seam of the shift.
+        with torch.autocast(x.device.type, enabled=False):
+            bias = self.get_relative_position_bias() + self.mask[:, None]  # (W,heads,n,n)
+        bias = bias.to(v.dtype)
+        if x.is_cuda:  # one kernel for the two lines below; it takes four dimensions
+            q, k, v = (z.flatten(1, 2) for z in (q, k, v))  # (BT,W*heads,n,C/heads) each
+            x = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1), scale=1.0)
+            x = x.unflatten(1, (W, -1))  # (BT,W,heads,n,C/heads)
+        else:
+            scores = q @ k.transpose(-2, -1) + bias  # (BT,W,heads,n,n)
+            x = scores.softmax(-1) @ v  # (BT,W,heads,n,C/heads)
+        x = x.transpose(2, 3).reshape(BT, N, C)
+        x = self.proj(x)
+        return x.index_select(1, self.inverse)
+
+
+def window_order(side, window, shift=0):
+    """(W, n) token numbers: W windows of n = window*window tokens, row by row, after the image of
+    side*side tokens was rolled up and left by `shift`."""
+    tokens = torch.arange(side * side).view(side, side)
+    tokens = tokens.roll((-shift, -shift), (0, 1))
+    tokens = tokens.unflatten(1, (-1, window))  # (H,H/w,w)
+    tokens = tokens.unflatten(0, (-1, window))  # (H/w,w,H/w,w)
+    return tokens.transpose(1, 2).reshape(-1, window * window)
+
+
+def shift_mask(side, window, shift):
+    """(W, n, n): -100 between tokens that only the cyclic shift brought into one window."""
+    places = torch.arange(side)
+    band = torch.zeros(side, dtype=torch.long)  # which of three bands a row or column is in
+    if shift > 0:
+        band += (places >= side - window).long()
+        band += (places >= side - shift).long()
+    region = 3 * band[:, None] + band  # (side,side)
+    region = region.flatten()[window_order(side, window)]  # (W,n)
+    return -100.0 * (region[:, :, None] != region[:, None])
+
+
+class PatchMerging(torchvision.models.swin_transformer.PatchMergingV2):
+    """Each 2 x 2 tokens become one of twice the width: (BT, side^2, d) -> (BT, side^2 / 4, 2d)."""
+
+    def forward(self, x):
+        side = math.isqrt(x.shape[1])
+        x = x.unflatten(1, (side, side))  # (BT,H,H,d)
+        return super().forward(x).flatten(1, 2)
+
+
+def stage_sides(size, stages, window):
+    """Token rows of each stage, [S/4, S/8, ...]; InputError for sizes that no windows can tile."""
+    sides = [size // (4 * 2**i) for i in range(stages)]
+    tiled = all(side <= window or side % window == 0 for side in sides) and sides[-1] > 1
+    require(
+        tiled and size % (2 * 2**stages) == 0,
+        f"image size {size} does not divide into windows of {window}; "
+        f"multiples of {window * 2 ** (stages + 1)} do",
+    )
+    return sides
+
+
+def start_near_identity(features):
+    """To train a Swin-V2 from scratch its blocks must start close to the identity: with norm1 and
+    norm2 at their usual ones it stays at chance. Linear layers start as torchvision's."""
+    for name, parameter in features.named_parameters():
+        if parameter.dim() == 2:
+            nn.init.trunc_normal_(parameter, std=0.02)
+        elif "norm1.weight" in name or "norm2.weight" in name:
+            nn.init.constant_(parameter, 0.2)
+        elif "bias" in name:
+            nn.init.zeros_(parameter)
+
 
 # ---------------------------------------------------------------- the supplementary's backbones
+
+
 class ViT(torchvision.models.VisionTransformer):
     """Vision Transformer (Dosovitskiy et al., ICLR 2021): one stage, class token first. Pre-norm:
     x <- x + attn(norm1(x)), then x <- x + mlp(norm2(x)). Patches of 16 x 16 pixels."""
-    forward, norm = stage_tokens, property(lambda self: self.encoder.ln)
+
+    forward = frozen_forward
 
     def __init__(self, layers, heads, dim, image_size):
         require(image_size % 16 == 0, f"image size {image_size} is no multiple of 16")
         super().__init__(image_size, 16, layers, heads, dim, 4 * dim)
-        self.dims, self.heads = [dim], nn.Identity()
+        self.heads = nn.Identity()  # no classifier
+        self.dims = [dim]
         self.stages = [(self.encoder.layers, nn.Identity())]
 
+    def norm(self, x):
+        return self.encoder.ln(x)
+
     def embed(self, images):
-        tokens = [self.class_token.expand(len(images), -1, -1), self._process_input(images)]
-        return torch.cat(tokens, 1) + self.encoder.pos_embedding               # (B,1+(S/16)^2,d)
+        patches = self._process_input(images)  # (BT,(S/16)^2,d)
+        class_token = self.class_token.expand(len(images), -1, -1)  # (BT,1,d)
+        return torch.cat([class_token, patches], 1) + self.encoder.pos_embedding
 
     def branches(self, block):
-        return (lambda x: block.self_attention(*3 * [block.ln_1(x)], need_weights=False)[0],
-                lambda x: block.mlp(block.ln_2(x)))
-    names = lambda self, state: (  # timm's and VideoMAE's (whose fc_norm comes after the mean)
-        (r"^encoder\.(?=patch_embed|blocks|norm)", ""), ("^patch_embed.proj", "conv_proj"),
-        ("^cls_token", "class_token"), ("^pos_embed$", "encoder.pos_embedding"),
-        (r"^blocks\.", "encoder.layers.encoder_layer_"), (r"\.norm([12])", r".ln_\1"),
-        (r"^(fc_)?norm\.", "encoder.ln."), (r"attn\.qkv\.", "self_attention.in_proj_"),
-        (r"attn\.proj", "self_attention.out_proj"))
+        return [partial(self.attention_branch, block), partial(self.mlp_branch, block)]
+
+    def attention_branch(self, block, x):
+        z = block.ln_1(x)
+        z, _ = block.self_attention(z, z, z, need_weights=False)
+        return z
+
+    def mlp_branch(self, block, x):
+        return block.mlp(block.ln_2(x))
+
+    def names(self, state):
+        return VIT_NAMES
+
+
+# timm's and VideoMAE's, whose fine-tuned fc_norm comes after the mean there, before it here.
+VIT_NAMES = [
+    (r"^encoder\.(?=patch_embed|blocks|norm)", ""),
+    (r"^patch_embed\.proj", "conv_proj"),
+    (r"^cls_token", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^blocks\.", "encoder.layers.encoder_layer_"),
+    (r"\.norm([12])", r".ln_\1"),
+    (r"^(fc_)?norm\.", "encoder.ln."),
+    (r"attn\.qkv\.", "self_attention.in_proj_"),
+    (r"attn\.proj", "self_attention.out_proj"),
+]
+
 
 class VideoMAE(ViT):
     """VideoMAE's encoder (Tong et al., NeurIPS 2022): one token per tubelet, 2 frames of 16 x 16
     pixels; fixed sine positions, no class token. 16 images in a row are taken as one clip; a
     spectrogram comes as a still of two frames, so that it is a tubelet in each place."""
+
     def __init__(self, layers, heads, dim, image_size):
         super().__init__(layers, heads, dim, image_size)
-        del self.class_token, self.encoder.pos_embedding
-        self.conv_proj = nn.Conv3d(3, dim, (2, 16, 16), (2, 16, 16))
-        place = torch.arange(8 * (image_size // 16) ** 2)[:, None]
-        angle = place / 10000 ** (torch.arange(0, dim, 2) / dim)               # (N,d/2)
-        positions = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)     # sin, cos, sin, ...
-        self.register_buffer("positions", positions, persistent=False)
+        del self.class_token
+        del self.encoder.pos_embedding
+        tubelet = (2, 16, 16)
+        self.conv_proj = nn.Conv3d(3, dim, tubelet, tubelet)
+        tokens = 8 * (image_size // 16) ** 2
+        wavelengths = 10000 ** (torch.arange(0, dim, 2) / dim)  # (d/2,)
+        angles = torch.arange(tokens)[:, None] / wavelengths  # (N,d/2)
+        positions = torch.stack([angles.sin(), angles.cos()], -1)  # (N,d/2,2)
+        self.register_buffer("positions", positions.flatten(1), persistent=False)
 
     def embed(self, images):
-        x = self.conv_proj(images.unflatten(0, (-1, 16)).transpose(1, 2))      # (B,d,8,S/16,S/16)
-        return x.flatten(2).transpose(1, 2) + self.positions                   # (B,8*(S/16)^2,d)
+        clips = images.unflatten(0, (-1, 16)).transpose(1, 2)  # (B,3,16,S,S)
+        x = self.conv_proj(clips)  # (B,d,8,S/16,S/16)
+        return x.flatten(2).transpose(1, 2) + self.positions  # (B,8*(S/16)^2,d)
 
-class ResNet(torchvision.models.ResNet):
-    """Residual network (He et al., CVPR 2016). A block that changes the shape only merges; any
-    other, relu(x + f(x)), is one branch: x <- x + (relu(x + f(x)) - x)."""
-    forward, names = stage_tokens, lambda self, state: ()
-
-    def __init__(self, depths, image_size):
-        super().__init__(torchvision.models.resnet.Bottleneck, depths)
-        self.dims, self.image_size = [256, 512, 1024, 2048], image_size
-        self.fc = self.norm = nn.Identity()
-        layers = self.layer1, self.layer2, self.layer3, self.layer4
-        merges = [functools.partial(on_maps, layer[0]) for layer in layers[1:]]
-        self.stages = [(layer[1:], merge) for layer, merge in zip(layers, [*merges, self.norm])]
-
-    def embed(self, images):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))              # (B,64,S/4,S/4)
-        return self.layer1[0](x).flatten(2).transpose(1, 2)                    # (B,(S/4)^2,256)
-
-    def branches(self, block):
-        return [lambda x: on_maps(block, x) - x]
-
-def on_maps(module, tokens):  # (B,H*H,d) -> (B,H'*H',d')
-    return module(to_maps(tokens)).flatten(2).transpose(1, 2)
 
 # ---------------------------------------------------------------- backbones and weights by name
+
+SWIN_B = (128, (2, 2, 18, 2), (4, 8, 16, 32))
 BACKBONES = {  # name: (class, its settings, image size and name of the published weights)
-    "nano": (SwinV2, (32, (2, 2, 2), (2, 4, 8), 6), 48, None),  # the toy's
+    "nano": (SwinV2, (32, (1, 1, 1), (2, 4, 8), 4), 32, None),  # the toys'
     "tiny": (SwinV2, (96, (2, 2, 6, 2), (3, 6, 12, 24), 8), 256, "swin_v2_t"),  # torchvision's
-    "small": (SwinV2, (96, (2, 2, 18, 2), (3, 6, 12, 24), 8), 256, "swin_v2_s"),
-    "base": (SwinV2, (128, (2, 2, 18, 2), (4, 8, 16, 32), 8), 256, "swin_v2_b"),
-    "base12": (SwinV2, (128, (2, 2, 18, 2), (4, 8, 16, 32), 12), 192, "base"),  # Microsoft's
-    "large": (SwinV2, (192, (2, 2, 18, 2), (6, 12, 24, 48), 12), 192, "large"),  # the paper's
-    "vit_tiny": (ViT, (12, 3, 192), 224, None), "vit_small": (ViT, (12, 6, 384), 224, None),
+    "base": (SwinV2, (*SWIN_B, 8), 256, "swin_v2_b"),
+    "base12": (SwinV2, (*SWIN_B, 12), 192, "swinv2_base_patch4_window12_192_22k"),  # Microsoft's
+    "large": (  # the paper's
+        SwinV2,
+        (192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
+        192,
+        "swinv2_large_patch4_window12_192_22k",
+    ),
+    "vit_tiny": (ViT, (12, 3, 192), 224, None),
+    "vit_small": (ViT, (12, 6, 384), 224, None),
     "vit_base": (ViT, (12, 12, 768), 224, "vit_b_16"),
     "vit_large": (ViT, (24, 16, 1024), 224, "vit_l_16"),
     "videomae": (VideoMAE, (12, 12, 768), 224, None),
-    "videomae_nano": (VideoMAE, (4, 4, 64), 48, None),  # the toy's
-    "resnet152": (ResNet, ((3, 8, 36, 3),), 224, "resnet152")}
+    "videomae_nano": (VideoMAE, (4, 4, 64), 32, None),  # the toy's
+}
+
 
 def make_backbone(name, image_size=None):
     """A backbone with random weights, by name (a key of BACKBONES), for images of the size it was
     published for unless told."""
     require(name in BACKBONES, f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
-    kind, settings, native, _ = BACKBONES[name]
-    return kind(*settings, image_size or native, *[native] * (kind is SwinV2))
+    kind, settings, published_size, _ = BACKBONES[name]
+    return kind(*settings, image_size or published_size)
 
-def load_pretrained(backbone, state_dict):
-    """Load weights under their publisher's names; what does not fit is an InputError."""
-    state = state_dict.get("model", state_dict.get("module", state_dict))
-    # Neither classifier nor decoder is used, and the tables follow from the window.
-    unused = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_(position|coords)|attn_mask"
-    state = {key: tensor for key, tensor in state.items() if not re.search(unused, key)}
-    for key in [key for key in state if key.endswith("q_bias")]:  # keys have none
-        q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
-        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    mlps = (r"mlp\.(fc|linear_)1", "mlp.0"), (r"mlp\.(fc|linear_)2", "mlp.3")  # of all publishers
-    for old, new in (*backbone.names(state), *mlps):
-        state = {re.sub(old, new, key): tensor for key, tensor in state.items()}
-    load_checked(backbone, backbone.state_dict(), state, "the weights do not fit this backbone")
 
-def load_checked(model, wanted, found, what):
-    """Load the state dict `found`. Its keys and shapes are to be those of `wanted`, a part or all
-    of the model's own; an InputError names what is missing, extra or misshaped."""
-    wanted, shapes = ({k: tuple(t.shape) for k, t in d.items()} for d in (wanted, found))
-    faults = [f"{k} is {shapes.get(k, 'missing')}, not {wanted.get(k, 'wanted')}"
-              for k in {**wanted, **shapes} if wanted.get(k) != shapes.get(k)]
-    require(not faults, f"{what}: {'; '.join(faults[:8] + ['...'] * (len(faults) > 8))}")
-    model.load_state_dict(found, strict=False)
+def load_pretrained(backbone, checkpoint):
+    """Load weights under their publisher's names. Raises InputError for what does not fit."""
+    for key in ("model", "module", "state_dict"):
+        if isinstance(checkpoint, dict) and key in checkpoint:
+            checkpoint = checkpoint[key]
+    named = isinstance(checkpoint, dict) and all(map(torch.is_tensor, checkpoint.values()))
+    require(named, "the file of weights holds no tensors by name; give a state dict")
+    tables = {name: t for name, t in backbone.state_dict().items() if re.search(UNUSED, name)}
+    names = [*backbone.names(checkpoint), *MLP_NAMES]
+    state = {}
+    for name, tensor in checkpoint.items():
+        if re.search(UNUSED, name) or name.endswith("v_bias"):
+            continue
+        if name.endswith("q_bias"):  # Microsoft and VideoMAE store queries' and values' apart
+            v_bias = checkpoint.get(name.replace("q_bias", "v_bias"), tensor[:0])
+            tensor = torch.cat([tensor, torch.zeros_like(tensor), v_bias])
+            name = name.replace("q_bias", "qkv.bias")
+        for pattern, ours in names:
+            name = re.sub(pattern, ours, name)
+        state[name] = tensor
+    load_checked(backbone, {**tables, **state}, "the weights do not fit this backbone")
 
-# ---------------------------------------------------------------- two verbs to copy
+
+# Neither classifier nor decoder is used, and the tables follow from the window.
+UNUSED = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_(position|coords)|attn_mask"
+MLP_NAMES = [
+    (r"mlp\.(fc|linear_)1", "mlp.0"),
+    (r"mlp\.(fc|linear_)2", "mlp.3"),
+]
+
+
+# ---------------------------------------------------------------- verbs to copy
+
+
 def freeze_all_but_adapters(model):
     """Leave only the LavishAdapters of a model trainable (then unfreeze the head by hand)."""
     model.requires_grad_(False)
-    for adapter in (m for m in model.modules() if isinstance(m, LavishAdapter)):
-        adapter.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, LavishAdapter):
+            module.requires_grad_(True)
+
 
 def trained_state_dict(model):
     """What training changed, and no more: 40 MB beside a Swin-V2-L of 900. A module that owns a
     trainable parameter is kept with its buffers (batch-norm statistics)."""
-    trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    return {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] in trained}
+    trained = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained.add(name.rpartition(".")[0])
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in trained}
 
-def load_trained_state_dict(model, state_dict, what="the checkpoint is of another configuration"):
-    """The inverse of trained_state_dict; a key that does not fit is an InputError naming it."""
-    load_checked(model, trained_state_dict(model), state_dict, what)
+
+def load_trained_state_dict(model, state):
+    """The inverse of trained_state_dict. Raises InputError that names a key that does not fit."""
+    trained = trained_state_dict(model)
+    frozen = {name: t for name, t in model.state_dict().items() if name not in trained}
+    load_checked(model, {**frozen, **state}, "the checkpoint is of another configuration")
+
 
 def count_parameters(model):
     """(trainable, total)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in model.parameters())
 
-def main():
+
+# ---------------------------------------------------------------- errors
+
+
+class InputError(ValueError):
+    """Something the user can mend. One line: which file or option, what is wrong, what to do."""
+
+
+def require(condition, message):
+    """InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def load_checked(model, state, what):
+    """load_state_dict. Raises InputError that names, in one line, what is missing, extra or
+    misshaped."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        faults = " ".join(str(error).split())
+        raise InputError(f"{what}: {faults[:400]}") from None
+
+
+# ---------------------------------------------------------------- one clip, and the parameters
+
+
+def follow_a_clip():
+    """Print the shapes of one toy-sized clip at each station from input to logits."""
+    model = AVE(Lavish(make_backbone("nano")), classes=7).eval()
+    size = model.net.backbone.image_size
+    frames = torch.randn(1, 10, 3, size, size)
+    spectrograms = torch.randn(1, 10, size, size)
+    visual, _ = model.net(frames[0], spectrograms[0])
+    features = pooled(model.net, frames, spectrograms)
+    print("One clip of ten seconds through the nano net")
+    print(f"    frames                  {tuple(frames.shape)}")
+    print(f"    spectrograms            {tuple(spectrograms.shape)}")
+    for stage, tokens in enumerate(visual, 1):
+        print(f"    stage {stage}, either stream  {tuple(tokens.shape)}")
+    print(f"    pooled, both streams    {tuple(features.shape)}")
+    print(f"    logits                  {tuple(model(frames, spectrograms).shape)}")
+
+
+PAPER = """
+    AVE        large      2/8/2    10.1  238.8
+    AVE        base12     2/8/2     5.0  114.2
+    AVE        vit_base   2/8/2     4.7  107.2
+    AVE        vit_large  2/8/2    14.5  340.1
+    AVS        large     16/4/2    37.2  266.4
+    AVS+TPAVI  large     16/4/2       -      -
+    AVQA       large     16/4/2    21.1  249.8
+    AVQA       large     64/8/4    21.1  249.8
+    UCF101     videomae   2/4/2     7.4      -
+"""
+
+
+def count_the_papers():
     """Print the parameters of the paper's configurations, in millions, beside the paper's."""
-    print("head   backbone   m/r/g adapters     head trainable  paper     total  paper")
-    for head, name, m, r, g, *paper in (
-            (AVE, "large", 2, 8, 2, 10.1, 238.8), (AVE, "base12", 2, 8, 2, 5.0, 114.2),
-            (AVE, "vit_base", 2, 8, 2, 4.7, 107.2), (AVE, "vit_large", 2, 8, 2, 14.5, 340.1),
-            (AVS, "large", 16, 4, 2, 37.2, 266.4), (AVQA, "large", 16, 4, 2, 21.1, 249.8),
-            (AVQA, "large", 64, 8, 4, 21.1, 249.8), (UCF101, "videomae", 2, 4, 2, 7.4, "-")):
+    heads = {
+        "AVE": AVE,
+        "AVS": AVS,
+        "AVS+TPAVI": partial(AVS, tpavi=True),
+        "AVQA": AVQA,
+        "UCF101": UCF101,
+    }
+    print("\nhead      backbone  m/r/groups adapters   head trainable  paper    total  paper")
+    for line in PAPER.strip().splitlines():
+        task, name, sizes, paper_trained, paper_total = line.split()
+        latents, reduction, groups = map(int, sizes.split("/"))
         with torch.device("meta"):  # shapes without memory
-            model = head(Lavish(make_backbone(name), m, r, g))
-        adapters, (trained, total) = count_parameters(model.net)[0], count_parameters(model)
+            net = Lavish(make_backbone(name), latents, reduction, groups)
+            model = heads[task](net)
+        adapters, _ = count_parameters(net)
+        trained, total = count_parameters(model)
         # The paper's totals count the unused ImageNet-22k classifier; UCF101's backbone has none.
-        total += (head is not UCF101) * 21841 * (model.net.backbone.dims[-1] + 1)
-        here = [n / 1e6 for n in (adapters, trained - adapters, trained, total)]
-        print("{:6} {:9} {:2}/{}/{}{:9.2f}{:9.2f}{:10.2f}{:7}{:10.2f}{:>7}".format(
-            head.__name__, name, m, r, g, *here[:3], paper[0], here[3], paper[1]))
+        if task != "UCF101":
+            total += 21841 * (net.backbone.dims[-1] + 1)
+        print(
+            f"{task:9} {name:9} {sizes:>10} {adapters / 1e6:8.2f} "
+            f"{(trained - adapters) / 1e6:6.2f} {trained / 1e6:9.2f} {paper_trained:>6} "
+            f"{total / 1e6:8.2f} {paper_total:>6}"
+        )
+
 
 if __name__ == "__main__":
-    main()
+    follow_a_clip()
+    count_the_papers()
