@@ -1,750 +1,1488 @@
 # SPDX-License-Identifier: MIT
-"""Data: sound and frames from disk, the data sets' layouts, toy data in the same.
+"""Data: sound and frames from disk, one Dataset for each data set, and toys of the same layouts.
 
-    python data.py extract VIDEOS DIR [--jobs N]  videos -> frames and sounds
-    python data.py check TASK DIR [--size S]      what is missing or damaged
-    python data.py stats TASK DIR [--size S]      mean and std, kept in DIR
-    python data.py toy TASK DIR [--seed N]        the toy data set
+    python data.py extract VIDEOS ROOT [--jobs N]   videos -> frames and sounds
+    python data.py check TASK ROOT [--size S]       read every item, print what is wrong
+    python data.py stats TASK ROOT [--size S]       mean and std of the spectrograms, kept in ROOT
+    python data.py toy TASK ROOT [--seed N]         write the toy data set
 
-TASK is ave, avs, avqa or ucf101; S the side of the images, 192. Top to bottom:
-sound and frames, data sets, the toy world, its data sets, files, commands."""
-import argparse, collections, csv, io, json, multiprocessing.pool, os, shutil, subprocess, sys, wave
-from os.path import basename, dirname, exists, isdir, join, splitext
-from pathlib import Path
+TASK is ave, avs, avqa or ucf101; S is the side of the images in pixels, 192 unless given.
+
+From top to bottom: sound and frames, the four Datasets, the commands, whole files, the toys.
+Shapes: T = seconds (or frames) of a clip, S = image side, N = samples of a sound.
+"The release" is github.com/GenjiB/LAVISH at commit 97722b0; its files are named with their lines.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import wave
+from collections import Counter
+from multiprocessing.pool import ThreadPool
+from os.path import basename, dirname, exists, isdir, splitext
+from typing import NamedTuple
 
 import numpy as np
-import torch, torchaudio, torchvision
+import torch
+import torchaudio
+import torchvision
+import torchvision.transforms.functional as transforms
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
 from tqdm import tqdm
+
 from lavish import AVE_MEAN, AVE_STD, SAMPLE_RATE, InputError, fbank, require
 
-EXTRACT = "made from a folder of videos by: python data.py extract VIDEOS DIR"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
-def open_wav(path):
-    """An open wave.Wave_read; an InputError if the file is missing or no PCM wav."""
-    try:
-        # 24 bit and multichannel files come as WAVE_FORMAT_EXTENSIBLE (65534), which `wave` reads
-        # from Python 3.12 on only. For PCM inside it, the plain tag says the same.
-        with open(path, "rb") as file:
-            head = file.read(100)
-            tag = head.find(b"fmt ") + 8
-            if head[tag:tag + 2] + head[tag + 24:tag + 26] == b"\xfe\xff\1\0":
-                plain = head[:tag] + b"\1\0" + head[tag + 2:] + file.read()
-                return wave.open(io.BytesIO(plain))  # what follows the tag is not read
-        return wave.open(path)
-    except FileNotFoundError:
-        raise InputError(f"no sound at {path}") from None
-    except (wave.Error, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a PCM wav ({str(error) or 'it ends too early'}); convert "
-                         "it: ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav") from None
+
+# ---------------------------------------------------------------- sound
+# A sound is one tensor (N,) of samples. What is fed to a net is one spectrogram for each second, so
+# sound is first cut into seconds (T, 16000), then each second becomes an image (T, S, S).
+
 
 def read_wav(path):
-    """(N,) float32 mono at 16 kHz in [-1, 1], from PCM of 8, 16, 24 or 32 bit, any rate, channels.
+    """A 16-bit PCM wav of any rate and channel count -> (N,) float32, mono, 16 kHz, in [-1, 1].
 
-    The standard library reads it, because torchaudio.load needs torchcodec now. Channels are
-    averaged (the released code uses the left one alone) and the mean is removed, as released."""
-    with open_wav(path) as file:
-        width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-        raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
-    raw = raw[:len(raw) // (width * channels) * width * channels].reshape(-1, width)
-    samples = np.pad(raw ^ 128 if width == 1 else raw, ((0, 0), (4 - width, 0)))  # 8 bit: unsigned
-    samples = samples.view("<i4").reshape(-1, channels).mean(1, dtype=np.float64) / 2 ** 31  # (N,)
-    sound = torch.from_numpy(samples.astype(np.float32))
-    if rate != SAMPLE_RATE and len(sound):
-        sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
-    return sound - sound.mean()  # as released
-
-def read_image(path):
-    """(3, height, width) uint8, from jpg or png."""
+    The mean is removed, as in the release (AVE/dataloader.py:132). The release then uses the left
+    channel alone, because Kaldi's fbank takes the first row (AVE/dataloader.py:171). Here the
+    channels are averaged, so that a sound on the right is heard too.
+    """
+    require(exists(path), f"no sound at {path}; data.py check lists all that is missing")
+    convert = "convert it: ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav"
     try:
-        return torchvision.io.decode_image(path, mode="RGB")
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a readable image ({reason}); extract it again") from None
+        with wave.open(path) as file:
+            channels, width, rate, count, *_ = file.getparams()
+            # A header may claim more samples than the file holds: read as far as the file goes.
+            content = file.readframes(min(count, os.path.getsize(path)))
+    except (wave.Error, EOFError, OSError) as error:
+        reason = str(error) or "its header is cut"
+        raise InputError(f"{path} is not a 16-bit PCM wav ({reason}); {convert}") from None
+    require(width == 2 and rate > 0, f"{path} has {8 * width} bit at {rate} Hz; {convert}")
 
-def read_frame(path, size):
-    """(3, size, size) float32, ImageNet-normalised; the aspect is not kept, as released."""
-    # antialias: the torchvision of the released code had none, so a large frame aliased.
-    image = torchvision.transforms.functional.resize(read_image(path), [size, size], antialias=True)
-    return torchvision.transforms.functional.normalize(image / 255, IMAGENET_MEAN, IMAGENET_STD)
+    whole = len(content) // (2 * channels) * channels  # a cut file may end within a sample
+    samples = np.frombuffer(content, "<i2", whole).reshape(-1, channels)  # (samples, channels)
+    sound = torch.from_numpy(samples.mean(1) / 32768).float()  # (N,)
+    if rate != SAMPLE_RATE and len(sound) > 0:
+        sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
+    return sound - sound.mean()
+
 
 def seconds_of(sound, count):
-    """(N,) -> (count, 16000): second t is samples [16000 t, 16000 (t+1)), silence past the end. The
-    released code spreads `count` windows evenly, up to 0.1 s early against the labels."""
-    sound = torch.nn.functional.pad(sound, (0, max(0, count * SAMPLE_RATE - len(sound))))
-    return sound[:count * SAMPLE_RATE].view(count, SAMPLE_RATE)                # (count,16000)
+    """(N,) -> (count, 16000): second t is samples 16000 t to 16000 (t+1), silence after the end.
 
-def video_paths(root, video):  # the folder of its frames, and its sound
-    return join(root, "video_frames", video), join(root, "raw_audio", video + ".wav")
+    The release spreads its windows from the start to 1.1 s before the end (AVE/dataloader.py:162),
+    so that the last one of a ten-second clip lies 0.1 s before the second of its label.
+    """
+    length = count * SAMPLE_RATE
+    sound = pad(sound[:length], (0, max(0, length - len(sound))))
+    return sound.view(count, SAMPLE_RATE)
+
+
+def spectrograms_of(seconds, size, stats):
+    """Seconds of sound (T, 16000) -> their log-mel images (T, S, S). stats is (mean, std)."""
+    mean, std = stats
+    return torch.stack([fbank(second, size, mean, std) for second in seconds])
+
+
+# ---------------------------------------------------------------- frames
+
+
+def read_image(path):
+    """A jpg or png of 8 bits per channel -> (3, height, width) uint8."""
+    folder, name = os.path.split(path)
+    require(exists(path), f"no {name} in {folder}; data.py check lists all that is missing")
+    try:
+        image = torchvision.io.decode_image(path, mode="RGB")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is not a readable image ({reason}); make it again") from None
+    # A 16-bit png is decoded to other integers and would come out far too bright.
+    require(image.dtype == torch.uint8, f"{path} has not 8 bits per channel; convert it to 8")
+    return image
+
+
+def read_frame(path, size):
+    """A frame -> (3, S, S) float32 with ImageNet's normalisation. The aspect ratio is not kept.
+
+    Bicubic as in the release (AVE/dataloader.py:99), whose torchvision had no antialiasing: a large
+    frame became a sample of single pixels. Here it is antialiased. Bicubic can overshoot the range
+    of the pixels, so the result is clamped.
+    """
+    image = read_image(path) / 255
+    bicubic = torchvision.transforms.InterpolationMode.BICUBIC
+    image = transforms.resize(image, [size, size], bicubic, antialias=True)  # (3, S, S)
+    return transforms.normalize(image.clamp(0, 1), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def read_frames(paths, size):
+    """T paths -> (T, 3, S, S)."""
+    return torch.stack([read_frame(path, size) for path in paths])
+
+
+# ---------------------------------------------------------------- where files are
+# Three of the data sets keep a video as a folder of frames and one wav, as `extract` writes them:
+# ROOT/video_frames/ID/0001.jpg, 0002.jpg, ... and ROOT/raw_audio/ID.wav. AVSBench has another one.
+
+
+def video_folder(root, video):
+    """The folder that holds the frames of a video."""
+    return f"{root}/video_frames/{video}"
+
+
+def wav_path(root, video):
+    """The sound of a video."""
+    return f"{root}/raw_audio/{video}.wav"
+
 
 def video_files(root, video):
-    """The frames of a video, in the order of their numbers whatever the zero-padding (or the first
-    that should be there), and its sound."""
-    folder, wav = video_paths(root, video)
-    names = [n for n in os.listdir(folder) if n.endswith(".jpg")] if isdir(folder) else []
-    try:
-        names = sorted(names, key=lambda name: int(name[:-4])) or ["0001.jpg"]  # 9.jpg before 10
-    except ValueError:
-        raise InputError(f"{folder} holds frames that are not numbered like 0001.jpg") from None
-    return [join(folder, name) for name in names], wav
+    """All files of a video: its frames, then its sound."""
+    return [*frame_paths(video_folder(root, video)), wav_path(root, video)]
+
+
+def frame_paths(folder):
+    """The frames of a video in the order of their numbers, whatever the padding with zeros.
+
+    Without any, the name that the first one should have: whoever opens it says what is missing.
+    """
+    names = os.listdir(folder) if isdir(folder) else []
+    names = [name for name in names if re.fullmatch(r"\d+\.jpg", name)]
+    names.sort(key=lambda name: int(name[:-4]))  # 9.jpg comes before 10.jpg
+    return [f"{folder}/{name}" for name in names or ["0001.jpg"]]
+
 
 def read_lines(path):
-    """The stripped, non-empty lines of a text file."""
-    text = Path(path).read_text(encoding="utf-8") if exists(path) else ""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    require(lines, f"no {path}, or nothing in it; the README says what a data folder holds")
+    """The lines of a text file, stripped, without the empty ones. There must be at least one."""
+    require(
+        exists(path),
+        f"no {path}; the README says what a data folder holds, data.py toy makes a toy",
+    )
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it again as UTF-8") from None
+    lines = [line for line in lines if line]
+    require(lines, f"{path} is empty; the README says what it should hold")
     return lines
 
-def known_stats(root):  # {"192": [mean, std], ...}, by the size of the spectrogram image
-    path = join(root, "fbank.json")
-    return json.loads(read_lines(path)[0]) if exists(path) else {}
 
-def read_clip(paths, seconds, size, stats):
-    """T paths of frames, sound (T,16000) -> frames (T,3,S,S), spectrograms (T,S,S)."""
-    return (torch.stack([read_frame(path, size) for path in paths]),           # (T,3,S,S)
-            torch.stack([fbank(second, size, *stats) for second in seconds]))  # (T,S,S)
+def missing_files(dataset):
+    """The paths that the items of a dataset need and that do not exist, each once."""
+    needed = (path for i in range(len(dataset)) for path in dataset.files(i))
+    return [path for path in dict.fromkeys(needed) if not exists(path)]
 
-class Clips(torch.utils.data.Dataset):
-    """What the data sets share. files(i): the pictures of an item and its sound, None if it need
-    not have one; wav(i): where its sound is or would be, without a look at the pictures."""
-    kept = None  # all items, with --cache
-    def __init__(self, root, split, size):
-        self.root, self.split, self.size = root, split, size
-        require(isdir(root), f"no data folder {root}; make one: data.py toy {self.task} {root}")
-        self.stats = known_stats(root).get(str(size), [AVE_MEAN, AVE_STD])  # of the spectrograms
-    def __len__(self):
-        return len(self.clips)
-    def __getitem__(self, i):
-        return self.kept[i] if self.kept else self.read(i)
-    def files(self, i):
-        return video_files(self.root, self.clips[i][0])
-    def wav(self, i):
-        return video_paths(self.root, self.clips[i][0])[1]
-    def sound(self, i):
-        return seconds_of(read_wav(self.wav(i)), self.seconds)                 # (T,16000)
+
+# ---------------------------------------------------------------- statistics of the spectrograms
+# A spectrogram is normalised as (x - mean) / (2 std), see lavish.fbank. The two numbers depend on
+# the data and on the size of the image, which sets the width of a step in time and of a mel bin.
+
+
+def read_stats(root):
+    """ROOT/fbank.json: {"192": [mean, std]}, by the size of the image. Empty without the file."""
+    path = f"{root}/fbank.json"
+    if not exists(path):
+        return {}
+    try:
+        stats = json.loads("".join(read_lines(path)))
+        for mean, std in stats.values():
+            if not (abs(mean) < 100 and 0 < std < 100):  # NaN fails too
+                raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        wanted = '{"192": [mean, std]}'
+        raise InputError(f"{path} is not {wanted}; remove it and run data.py stats") from None
+    return stats
+
+
+def known_stats(root, size):
+    """[mean, std] of the spectrograms at this size, or None if they were not measured."""
+    return read_stats(root).get(str(size))
+
+
+def find_stats(root, task, size):
+    """The [mean, std] to use. One printed line if they are those of other data or another size.
+
+    AVE's released statistics hold for AVE at 192 pixels (AVE/dataloader.py:84-85). Elsewhere they
+    are a stand-in: spectrograms then have neither zero mean nor the same spread.
+    """
+    stats = known_stats(root, size)
+    if stats is not None:
+        return stats
+    if (task, size) != ("ave", 192):
+        print(
+            f"{root}: no statistics for spectrograms of size {size}, so AVE's of size 192 are used;"
+            f" to measure its own: python data.py stats {task} {root} --size {size}"
+        )
+    return [AVE_MEAN, AVE_STD]
+
 
 # ---------------------------------------------------------------- AVE
-class AVE(Clips):
-    """Audio-visual events (Tian et al., ECCV 2018): ten seconds, one event or background in each.
+# Each Dataset below has the same five methods. files(i) names the files that item i needs, its
+# sound last; seconds(i) is the sound that becomes spectrograms, (T, 16000). A list of a wrong form
+# is an InputError of __init__, a damaged frame or sound one of __getitem__.
 
-        root/Annotations.txt                 Category&VideoID&Quality&StartTime&EndTime
+
+class AVEDataset(Dataset):
+    """Audio-visual events (Tian et al., ECCV 2018): ten seconds, each with one event or background.
+
+        root/Annotations.txt                       Category&VideoID&Quality&StartTime&EndTime
         root/trainSet.txt valSet.txt testSet.txt   the same lines, split
-        root/video_frames/ID/*.jpg           at any rate, numbered with any zero-padding
-        root/raw_audio/ID.wav                any PCM wav
+        root/video_frames/ID/*.jpg                 at any rate
+        root/raw_audio/ID.wav
 
-    item: frames (10,3,S,S), spectrograms (10,S,S), labels (10,) int64: the category's place in
-    order of first appearance in Annotations.txt if start <= second < end, else background, which
-    comes last (28 in the real data, in which one row has start = end = 0: all background).
-    extra_audio: a file of features, a row for each of Annotations.txt; item ends with (10,128)."""
-    task, fact, seconds, remedy = "ave", "classes", 10, EXTRACT
-    def __init__(self, root, split, size, extra_audio=None):
-        super().__init__(root, split, size)
-        rows = read_lines(join(root, "Annotations.txt"))
-        rows = rows[rows[0].startswith("Category&"):]  # the zip's copy has a header, others none
-        self.extra = extra_audio and dict(zip(rows, read_features(extra_audio, len(rows))))
-        self.classes = list(dict.fromkeys(row.split("&")[0] for row in rows))
-        self.clips = []  # (video id, category index, start, end, line)
-        path = join(root, f"{split}Set.txt")
-        for number, line in enumerate(read_lines(path), 1):
-            try:
-                category, video, _, start, end = line.split("&")
-                category = self.classes.index(category)  # a ValueError if unknown
-                self.clips.append((video, category, int(start), int(end), line))
-            except ValueError:
-                raise InputError(f"{path}, line {number}: {line!r} is not Category&VideoID&Quality&"
-                                 "Start&End with a category of Annotations.txt") from None
-    def labels(self, i):
-        _, category, start, end, _ = self.clips[i]
-        t = torch.arange(self.seconds)
-        return torch.where((start <= t) & (t < end), category, len(self.classes))  # (10,)
-    def read(self, i):
-        paths, _ = self.files(i)
-        # The middle frame of each second; released: linspace, at 3 a second in the same seconds.
-        at = [paths[(2 * t + 1) * len(paths) // 20] for t in range(self.seconds)]
-        extra = [self.extra[self.clips[i][-1]]] if self.extra else []          # (10,128)
-        return *read_clip(at, self.sound(i), self.size, self.stats), self.labels(i), *extra
+    item: frames (10, 3, S, S), spectrograms (10, S, S), labels (10,) int64
+          and, with extra_audio, features (10, 128)
 
-def read_features(path, count):
-    """(count,10,128) float32, from an .npy or from AVE's audio_feature.h5, whose one data set ends
-    the file uncompressed, as float64 behind 2144 bytes: no HDF5 library is needed for that."""
+    Categories are numbered in the order in which Annotations.txt names them; background comes last
+    (28 in the real data). One real row has start = end = 0: all of it is background.
+    extra_audio is an .npy of shape (rows of Annotations.txt, 10, 128).
+    """
+
+    def __init__(self, root, split, size, stats=None, extra_audio=None):
+        self.root = root
+        self.split = split
+        self.size = size
+
+        rows = read_lines(f"{root}/Annotations.txt")
+        if rows[0].startswith("Category&"):  # the zip's copy has a header, all others have none
+            rows = rows[1:]
+        categories = [row.split("&")[0] for row in rows]
+        self.classes = list(dict.fromkeys(categories))
+
+        path = f"{root}/{split}Set.txt"
+        self.lines = read_lines(path)
+        self.clips = []  # (video, label, start, end)
+        for number, line in enumerate(self.lines, 1):
+            match = re.fullmatch(r"(.+)&(.+)&.*&(\d|10)&(\d|10)", line)  # times are 0 to 10
+            require(
+                match and match[1] in self.classes,
+                f"{path}, line {number}: {line!r} is not Category&VideoID&Quality&Start&End "
+                "with a category of Annotations.txt and times from 0 to 10",
+            )
+            category, video, start, end = match.groups()
+            self.clips.append((video, self.classes.index(category), int(start), int(end)))
+
+        self.extra = None
+        if extra_audio is not None:
+            self.extra = read_features(extra_audio, rows)
+            for line in self.lines:
+                require(line in self.extra, f"{line!r} of {split}Set.txt is not in Annotations.txt")
+        self.stats = stats or find_stats(root, "ave", size)
+
+    def __len__(self):
+        return len(self.clips)
+
+    def files(self, i):
+        """The frames of the video, then its sound."""
+        return video_files(self.root, self.clips[i][0])
+
+    def seconds(self, i):
+        """The ten seconds of sound. A sound that is too short ends in silence."""
+        *_, wav = self.files(i)
+        return seconds_of(read_wav(wav), 10)  # (10, 16000)
+
+    def __getitem__(self, i):
+        _, label, start, end = self.clips[i]
+
+        # The middle frame of each second; after the last frame, the last one again. The release
+        # stretches whatever frames there are over the ten seconds (AVE/dataloader.py:223), which
+        # shifts them against the labels if there are 9 or 11.
+        *paths, _ = self.files(i)
+        rate = max(1, round(len(paths) / 10))  # frames a second
+        middles = [t * rate + rate // 2 for t in range(10)]
+        frames = read_frames([paths[min(k, len(paths) - 1)] for k in middles], self.size)
+
+        spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
+
+        # Second t holds the event if start <= t < end, otherwise background.
+        labels = torch.full((10,), len(self.classes))
+        labels[start:end] = label
+        if self.extra is None:
+            return frames, spectrograms, labels
+        return frames, spectrograms, labels, self.extra[self.lines[i]]
+
+
+def read_features(path, rows):
+    """An .npy of shape (rows of Annotations.txt, 10, 128) -> {row: (10, 128) float32}."""
     try:
-        whole, h5 = Path(path).read_bytes(), path.endswith(".h5")
-        if h5 and (whole[:4] != b"\x89HDF" or len(whole) != 2144 + count * 10 * 128 * 8):
-            raise ValueError("not AVE's own .h5")
-        found = np.frombuffer(whole, "<f8", offset=2144) if h5 else np.load(io.BytesIO(whole))
-        return torch.from_numpy(found.astype(np.float32).reshape(count, 10, 128))
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} does not hold features ({count}, 10, 128): {error}; give an .npy "
-                         "of that shape, in the order of Annotations.txt") from None
+        features = torch.from_numpy(np.load(path).astype(np.float32))
+    except (OSError, EOFError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not an .npy of numbers ({error})") from None
+    found = tuple(features.shape)
+    require(found == (len(rows), 10, 128), f"{path} has shape {found}, not ({len(rows)}, 10, 128)")
+    return dict(zip(rows, features))
+
 
 # ---------------------------------------------------------------- AVSBench S4
-class AVSBench(Clips):
+
+
+class AVSBenchDataset(Dataset):
     """AVSBench S4 (Zhou et al., ECCV 2022): five seconds, and masks of the one thing that sounds.
 
-        root/s4_meta_data.csv                columns name, ..., category, split
+        root/s4_meta_data.csv     with the columns name, category and split
         root/s4_data/visual_frames/SPLIT/CATEGORY/NAME/NAME_{1..5}.png
-        root/s4_data/gt_masks/SPLIT/CATEGORY/NAME/NAME_1.png in train, NAME_{1..5}.png in val, test
+        root/s4_data/gt_masks/SPLIT/CATEGORY/NAME/NAME_{1..5}.png     in train NAME_1.png alone
         root/s4_data/audio_wav/SPLIT/CATEGORY/NAME.wav
 
-    item: frames (5,3,S,S), spectrograms (5,S,S), masks (1 in train, else 5, mask_size, mask_size)
-    of 0 and 1. mask_size is that of the files (224). An empty mask is legal."""
-    task, fact, seconds, remedy = "avs", "mask_size", 5, "they come with AVSBench-object"
-    def __init__(self, root, split, size):
-        super().__init__(root, split, size)
-        path = join(root, "s4_meta_data.csv")
-        rows = list(csv.reader(read_lines(path)))
-        names = ("name", "category", "split")
-        known = set(names) <= set(rows[0])  # else by their places; a header is of no split
-        name, category, its_split = map(rows[0].index, names) if known else (0, 2, 3)
-        require(min(map(len, rows)) > max(name, category, its_split), f"{path} has rows too short")
-        self.clips = [(row[name], row[category]) for row in rows if row[its_split] == split]
-        require(self.clips, f"{path} lists no {split} clips; its fourth column should say split")
-        self.mask_size = read_image(self.files(0)[0][-1]).shape[-1]
-    def files(self, i):
-        return s4_files(self.root, self.split, *self.clips[i])
-    def wav(self, i):
-        return self.files(i)[1]
-    def read(self, i):
-        paths, _ = self.files(i)
-        masks = torch.stack([self.read_mask(path) for path in paths[self.seconds:]])
-        return *read_clip(paths[:self.seconds], self.sound(i), self.size, self.stats), masks
-    def read_mask(self, path):
-        """Stored as {0, 1}, {0, 255} or grey (above half counts), in one channel or more. The
-        released loader's convert("1") turns a {0, 1} file all black and dithers a grey one."""
-        mask = read_image(path).amax(0)
-        height, width = mask.shape
-        require(height == width == self.mask_size, f"{path} is {width} x {height}, not "
-                f"{self.mask_size} x {self.mask_size} as the first mask; make all of one size")
-        return (mask > (0 if mask.max() == 1 else 127)).float()
+    item: frames (5, 3, S, S), spectrograms (5, S, S), masks (1 in train, else 5, M, M) of 0 and 1
 
-def s4_files(root, split, name, category):
-    """A clip's five frames and its masks (in train one, of the first frame), and its sound."""
-    folder = lambda kind: join(root, "s4_data", kind, split, category, name)
-    kinds = ["visual_frames"] * 5 + ["gt_masks"] * (1 if split == "train" else 5)
-    paths = [join(folder(kind), f"{name}_{k % 5 + 1}.png") for k, kind in enumerate(kinds)]
-    return paths, folder("audio_wav") + ".wav"
+    M is mask_size, the size of the mask files (224). A mask may be empty.
+    """
+
+    def __init__(self, root, split, size, stats=None):
+        self.root = root
+        self.split = split
+        self.size = size
+
+        path = f"{root}/s4_meta_data.csv"
+        self.clips = []  # (name, category)
+        for row in csv.DictReader(read_lines(path)):
+            columns = [row.get(column) for column in ("name", "category", "split")]
+            require(
+                all(columns),
+                f"{path}: a row lacks its name, category or split (the first line names the "
+                f"columns): {row}",
+            )
+            name, category, its_split = columns
+            if its_split == split:
+                self.clips.append((name, category))
+        require(self.clips, f"{path} lists no {split} clips")
+
+        # All masks have the size of the first: a batch of them is one tensor.
+        self.mask_size = read_image(self.files(0)[5]).shape[-1]
+        self.stats = stats or find_stats(root, "avs", size)
+
+    def __len__(self):
+        return len(self.clips)
+
+    def files(self, i):
+        """The five frames, then the masks, then the sound."""
+        name, category = self.clips[i]
+        folder = f"{self.root}/s4_data"
+        clip = f"{self.split}/{category}/{name}"
+        count = 1 if self.split == "train" else 5  # in train the first frame alone has a mask
+        frames = [f"{folder}/visual_frames/{clip}/{name}_{k}.png" for k in range(1, 6)]
+        masks = [f"{folder}/gt_masks/{clip}/{name}_{k}.png" for k in range(1, count + 1)]
+        return [*frames, *masks, f"{folder}/audio_wav/{clip}.wav"]
+
+    def seconds(self, i):
+        """The five seconds of sound. Frame k is from the end of second k."""
+        *_, wav = self.files(i)
+        return seconds_of(read_wav(wav), 5)  # (5, 16000)
+
+    def __getitem__(self, i):
+        *images, _ = self.files(i)  # frames and masks
+
+        # The release resizes in the net, bicubic too (AVS/avs_scripts/avs_s4/model/
+        # PVT_AVSModel.py:435). Masks keep their size.
+        frames = read_frames(images[:5], self.size)
+        spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
+        masks = torch.stack([read_mask(path, self.mask_size) for path in images[5:]])
+        return frames, spectrograms, masks
+
+
+def read_mask(path, size):
+    """(size, size) of 0. and 1., from a file of {0, 1}, of {0, 255} or of greys (above half is 1).
+
+    The release converts to one bit (AVS/avs_scripts/avs_s4/dataloader.py:27,153), which turns a
+    file of {0, 1} black and dithers greys.
+    """
+    mask = read_image(path).amax(0)  # (height, width)
+    height, width = mask.shape
+    require(
+        height == width == size,
+        f"{path} is {width} x {height}, the first mask {size} x {size}; make all of one size",
+    )
+    threshold = 0 if mask.max() == 1 else 127
+    return (mask > threshold).float()
+
 
 # ---------------------------------------------------------------- MUSIC-AVQA
-class MusicAVQA(Clips):
+
+
+class MusicAVQADataset(Dataset):
     """MUSIC-AVQA (Li et al., CVPR 2022): a question about a video of music, mostly a minute long.
 
-        root/avqa-train.json avqa-val.json avqa-test.json      the data set's data/json
-        root/video_frames/ID/*.jpg, root/raw_audio/ID.wav      as for AVE
+        root/avqa-train.json avqa-val.json avqa-test.json   the data set's data/json
+        root/video_frames/ID/*.jpg                          one frame a second
+        root/raw_audio/ID.wav
 
-    item: frames (T,3,S,S), spectrograms (T,S,S), question (W,) and answer () int64, and in train
-    foreign (T,3,S,S), frames of other videos, drawn by the item's number. The T moments lie evenly
-    from the first second to the last, however long the video is; frame and sound are of one second.
-    vocabulary: from the training questions unless given. {"words", "answers"} in order of
-    appearance, "<pad>" first (93 and 42 in the real data), and "length", that of the longest
-    question, to which the others are padded (14 in the real data). A checkpoint keeps it."""
-    task, fact, seconds, remedy = "avqa", "vocabulary", 1, EXTRACT
-    def __init__(self, root, split, size, vocabulary=None, moments=10):
-        super().__init__(root, split, size)
-        asked_in = lambda split: read_questions(join(root, f"avqa-{split}.json"))
-        self.moments, self.questions = moments, asked_in(split)
-        self.vocabulary = vocabulary or make_vocabulary(asked_in("train"))
-        for q in self.questions:
-            asker = f"question {q['id']} of {split}: "
-            q["indices"] = encode(q["words"], self.vocabulary, asker)
-            require(q["answer"] in self.vocabulary["answers"],
-                    f"{asker}{q['answer']!r} is in no training answer")
-        self.clips = [(q["video"],) for q in self.questions]
-        self.videos = list(dict.fromkeys(q["video"] for q in self.questions))
-        require(split != "train" or len(self.videos) > 1, f"{root} needs two videos to train")
-    def sound(self, i):
-        sound = read_wav(self.wav(i))
-        seconds = max(1, -(-len(sound) // SAMPLE_RATE))  # the last one may be half silence
-        return seconds_of(sound, seconds)[moments(seconds, self.moments)]      # (T,16000)
-    def read(self, i):
-        q, (paths, _) = self.questions[i], self.files(i)
-        at = [paths[k] for k in moments(len(paths), self.moments)]
-        item = (*read_clip(at, self.sound(i), self.size, self.stats), q["indices"],
-                torch.tensor(self.vocabulary["answers"].index(q["answer"])))
-        if self.split != "train":
-            return item
-        rng, others = np.random.default_rng(i), [v for v in self.videos if v != q["video"]]
-        draw_one = lambda items: items[rng.integers(len(items))]  # a video, then a frame of it
-        foreign = [draw_one(video_files(self.root, draw_one(others))[0]) for _ in at]
-        return (*item, torch.stack([read_frame(path, self.size) for path in foreign]))
+    item: frames (T, 3, S, S), spectrograms (T, S, S), question (W,) int64, answer () int64
 
-def read_questions(path):
-    """[{"id", "video", "type" (modality, kind), "words", "answer"}] from one of the json files.
-    The data set's own rule: drop the last character (a "?", or a full-width one), split at spaces,
-    put the next template value in place of each word with a "<"."""
-    questions = []
-    try:
-        for number, row in enumerate(json.loads("\n".join(read_lines(path))), 1):
-            values = iter(json.loads(row["templ_values"]))
-            words = row["question_content"].rstrip()[:-1].split(" ")
-            questions.append({
-                "id": row["question_id"], "video": row["video_id"],
-                "type": tuple(json.loads(row["type"])), "answer": row["anser"],  # [sic]
-                "words": [next(values) if "<" in word else word for word in words]})
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not the JSON of MUSIC-AVQA: {error}") from None
-    except (KeyError, TypeError, StopIteration) as error:
-        raise InputError(f"{path}, question {number}: {error!r} is missing or wrong") from None
-    return questions
+    The T moments lie evenly over the video. vocabulary comes from the training questions unless it
+    is given (a checkpoint keeps it): "words" and "answers" in the order in which they appear,
+    "<pad>" first (93 and 42 in the real data), and "length" W of the longest question (14).
+    """
+
+    def __init__(self, root, split, size, stats=None, vocabulary=None, moments=10):
+        self.root = root
+        self.split = split
+        self.size = size
+        self.count = moments
+        self.questions = read_questions(f"{root}/avqa-{split}.json")
+        if vocabulary is None:
+            vocabulary = make_vocabulary(read_questions(f"{root}/avqa-train.json"))
+        self.vocabulary = vocabulary
+
+        # A word or an answer that training does not have ends here and not in the middle of a test.
+        for question in self.questions:
+            where = f"question {question['id']} of {split}: "
+            answer = question["answer"]
+            require(answer in vocabulary["answers"], f"{where}no training answer is {answer!r}")
+            question["indices"] = encode(question["words"], vocabulary, where)
+        self.stats = stats or find_stats(root, "avqa", size)
+
+    def __len__(self):
+        return len(self.questions)
+
+    def files(self, i):
+        """The frames of the video, then its sound. Many questions share one video."""
+        return video_files(self.root, self.questions[i]["video"])
+
+    def seconds(self, i):
+        """The seconds of sound that belong to the frames of the T moments.
+
+        A video of n frames has n seconds, however long its sound is: 60.019 s of sound beside 60
+        frames must not move the moments of the sound against those of the frames.
+        """
+        *paths, wav = self.files(i)
+        sound = seconds_of(read_wav(wav), len(paths))  # (n, 16000)
+        return sound[moments(len(paths), self.count)]  # (T, 16000)
+
+    def __getitem__(self, i):
+        # Frame and sound of a moment are of the same second: there is one frame a second.
+        *paths, _ = self.files(i)
+        at = moments(len(paths), self.count)
+        frames = read_frames([paths[second] for second in at], self.size)
+        spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
+        question = self.questions[i]
+        answer = self.vocabulary["answers"].index(question["answer"])
+        return frames, spectrograms, question["indices"], torch.tensor(answer)
+
 
 def moments(length, count):
-    """The indices of `count` seconds that lie evenly over a video of `length`."""
-    return np.linspace(0, length - 1, count).round().astype(int)
+    """The numbers of `count` seconds that lie evenly over a video of `length` seconds.
 
-def encode(words, vocabulary, asker=""):
-    """Words as indices (W,), padded; an InputError, which begins with the asker, for a word that no
-    training question has."""
-    known, length = vocabulary["words"], vocabulary["length"]
-    unknown = [word for word in words if word not in known]
-    require(not unknown and len(words) <= length, f"{asker}{(unknown or words)[-1]!r} is in no "
-            f"training question, or this has over {length} words; known: {' '.join(known[1:])}")
-    return torch.tensor([known.index(word) for word in words] + [0] * (length - len(words)))
+    Truncated as in the release (AVQA/net_grd_avst/dataloader_avst.py:187): 60 seconds and 10
+    moments give 0 6 13 19 26 32 39 45 52 59. Frame and sound of a moment are of the same second;
+    the release takes 1.95 s of sound on another grid (dataloader_avst.py:136).
+    """
+    return np.linspace(1, length, count, dtype=int) - 1
+
+
+def read_questions(path):
+    """The questions of one json file: dicts of id, video, type, words and answer."""
+    try:
+        rows = json.loads("\n".join(read_lines(path)))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); fetch it again") from None
+    require(isinstance(rows, list) and rows, f"{path} should hold a list of questions")
+
+    questions = []
+    for number, row in enumerate(rows, 1):
+        try:
+            modality, kind = json.loads(row["type"])  # "Audio-Visual", "Counting"
+            values = json.loads(row["templ_values"])
+            question = {
+                "id": row["question_id"],
+                "video": str(row["video_id"]),
+                "type": (modality, kind),
+                "words": fill_template(row["question_content"], values),
+                "answer": str(row["anser"]),  # [sic]
+            }
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}, question {number}: missing or wrong: {error}") from None
+        questions.append(question)
+    return questions
+
+
+def fill_template(text, values):
+    """The words of a question: "Is the <Object> loud?" and ["flute"] -> Is the flute loud.
+
+    As in the release (dataloader_avst.py:235-242): the last character goes, whichever question mark
+    it is (one template has a full-width one), and each word with a "<" becomes the next value.
+    """
+    words = text.rstrip()[:-1].split(" ")
+    used = 0
+    for position, word in enumerate(words):
+        if "<" in word:
+            words[position] = str(values[used])
+            used += 1
+    return words
+
 
 def make_vocabulary(questions):
-    return {"words": ["<pad>", *dict.fromkeys(w for q in questions for w in q["words"])],
-            "answers": list(dict.fromkeys(q["answer"] for q in questions)),
-            "length": max(len(q["words"]) for q in questions)}
+    """Words and answers in the order in which the questions bring them, and the longest length."""
+    words = ["<pad>"]
+    for question in questions:
+        words += question["words"]
+    return {
+        "words": list(dict.fromkeys(words)),  # each once
+        "answers": list(dict.fromkeys(question["answer"] for question in questions)),
+        "length": max(len(question["words"]) for question in questions),
+    }
+
+
+def encode(words, vocabulary, where=""):
+    """Words -> their indices (W,), padded with 0. `where` begins the message for a wrong word."""
+    known = vocabulary["words"]
+    length = vocabulary["length"]
+    for word in words:
+        message = f"{where}no training question has {word!r}; known: {' '.join(known[1:])}"
+        require(word in known, message)
+    require(len(words) <= length, f"{where}more than {length} words, the most that training has")
+    indices = [known.index(word) for word in words]
+    return torch.tensor(indices + [0] * (length - len(words)))
+
+
+class NegativeFrames(Dataset):
+    """Training items of MUSIC-AVQA with negatives for the grounding's match loss.
+
+    item: as MusicAVQADataset's, then negatives (T, 3, S, S): frames of other videos of the split
+
+    As in the release (dataloader_avst.py:196-229), they are drawn anew in each epoch. They depend
+    on (seed, epoch, item) alone, so a resumed run draws the same. The training loop sets `epoch`
+    before the loader's workers start; persistent workers would keep the epoch of their start.
+    """
+
+    def __init__(self, dataset, seed):
+        self.dataset = dataset  # MusicAVQADataset, or Cached around one
+        self.source = getattr(dataset, "dataset", dataset)
+        self.seed = seed
+        self.epoch = 0
+        self.videos = list(dict.fromkeys(q["video"] for q in self.source.questions))
+        require(len(self.videos) > 1, f"{self.source.root} needs two videos to draw negatives")
+        self.paths = {}  # video -> its frames; each folder is listed once
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        frames, spectrograms, question, answer = self.dataset[i]
+
+        # A generator of its own for each item: neither the order of the items nor the number of
+        # workers changes what is drawn.
+        rng = np.random.default_rng([self.seed, self.epoch, i])
+        others = [video for video in self.videos if video != self.source.questions[i]["video"]]
+
+        drawn = []
+        for _ in frames:  # for each moment, a video and one of its frames
+            video = others[rng.integers(len(others))]
+            if video not in self.paths:
+                self.paths[video] = frame_paths(video_folder(self.source.root, video))
+            paths = self.paths[video]
+            drawn.append(paths[rng.integers(len(paths))])
+        negatives = read_frames(drawn, self.source.size)
+        return frames, spectrograms, question, answer, negatives
+
 
 # ---------------------------------------------------------------- UCF101
-class UCF101(Clips):
-    """Actions (Soomro et al., 2012): what is done in a clip of some seconds.
 
-        root/classInd.txt, trainlist01.txt, testlist01.txt     the official lists of split 1
-        root/video_frames/ID/*.jpg, root/raw_audio/ID.wav      as for AVE, 8 frames a second or more
 
-    item: frames (16,3,S,S), evenly over the clip; spectrograms (8,S,S), of the second around each
-    two frames; label () int64; audible () bool: a missing wav is silence. The label is the folder's
-    in the list, for file names differ in case (HandstandPushups/v_HandStandPushups_g01_c01.avi).
-    val: groups 24 and 25 of training (a group is cut from one video): no official list has one."""
-    task, fact, seconds, remedy = "ucf101", "classes", 0, "the README says how they are made"
-    def __init__(self, root, split, size):
-        super().__init__(root, split, size)
-        self.classes = [line.split()[-1] for line in read_lines(join(root, "classInd.txt"))]
-        path, self.clips = join(root, f"{'test' if split == 'test' else 'train'}list01.txt"), []
+class UCF101Dataset(Dataset):
+    """UCF101 (Soomro et al., 2012): the action in a clip of some seconds.
+
+        root/classInd.txt trainlist01.txt testlist01.txt   the official lists of split 1
+        root/video_frames/ID/*.jpg                         8 frames a second or more
+        root/raw_audio/ID.wav                              half of the classes have none
+
+    item: frames (16, 3, S, S), spectrograms (8, S, S), label () int64, audible () bool
+
+    No official list has a val split: groups 24 and 25 of training are it (the clips of a group are
+    cut from one video, so groups must not be torn apart). The release has no code for UCF101.
+    """
+
+    def __init__(self, root, split, size, stats=None):
+        self.root = root
+        self.split = split
+        self.size = size
+        self.classes = [line.split()[-1] for line in read_lines(f"{root}/classInd.txt")]
+
+        path = f"{root}/testlist01.txt" if split == "test" else f"{root}/trainlist01.txt"
+        self.clips = []  # (video, label)
         for number, line in enumerate(read_lines(path), 1):
-            try:
-                action, file = line.split()[0].split("/")
-                label, late = self.classes.index(action), int(file.split("_g")[1][:2]) > 23
-            except (ValueError, IndexError):
-                raise InputError(f"{path}, line {number}: {line!r} is not CLASS/v_NAME_gGG_cCC.avi "
-                                 "with a class of classInd.txt") from None
-            if split == "test" or late == (split == "val"):
-                self.clips.append((splitext(file)[0], label))
-    def files(self, i):
-        paths, wav = super().files(i)
-        return paths, wav if exists(wav) else None  # half of the classes have none
-    def sound(self, i):
-        sound = read_wav(self.wav(i)) if exists(self.wav(i)) else torch.zeros(0)
-        padded = torch.nn.functional.pad(sound, [SAMPLE_RATE // 2] * 2)
-        starts = (2 * torch.arange(8) + 1) * len(sound) // 16
-        return torch.stack([padded[start:start + SAMPLE_RATE] for start in starts])  # (8,16000)
-    def read(self, i):
-        paths, wav = self.files(i)
-        at = [paths[(2 * k + 1) * len(paths) // 32] for k in range(16)]
-        clip = read_clip(at, self.sound(i), self.size, self.stats)
-        return *clip, torch.tensor(self.clips[i][1]), torch.tensor(wav is not None)
+            match = re.fullmatch(r"(\w+)/(\w+_g(\d\d)_c\d\d)\.avi( \d+)?", line)
+            require(
+                match and match[1] in self.classes,
+                f"{path}, line {number}: {line!r} is not CLASS/v_NAME_gGG_cCC.avi with a class of "
+                "classInd.txt",
+            )
+            # The folder names the class. File names differ in case: the real list has
+            # HandstandPushups/v_HandStandPushups_g01_c01.avi.
+            folder, video, group, _ = match.groups()
+            is_val = int(group) >= 24
+            if split == "test" or is_val == (split == "val"):
+                self.clips.append((video, self.classes.index(folder)))
+        require(self.clips, f"{path} lists no {split} clips (groups 24 and 25 are val)")
+        self.stats = stats or find_stats(root, "ucf101", size)
 
-# ---------------------------------------------------------------- the toy world: looks and timbres
-COLOURS = {"red": (230, 60, 50), "green": (60, 190, 80), "blue": (70, 100, 235),
-           "yellow": (235, 205, 60), "magenta": (215, 80, 205), "cyan": (70, 205, 215)}
-SHAPES = (  # signed distances from an outline about 1 in radius: inside is negative
-    lambda x, y: np.hypot(x, y) - 0.9,                                              # circle
-    lambda x, y: np.maximum(y - 0.7, 0.87 * abs(x) - 0.5 * y - 0.45),               # triangle
-    lambda x, y: np.maximum(abs(x), abs(y)) - 0.8,                                  # square
-    lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.25,                                 # ring
-    lambda x, y: np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 1),
-                            np.maximum(abs(y) - 0.3, abs(x) - 1)),                  # cross
-    lambda x, y: abs(x) + abs(y) - 1.05)                                            # diamond
-INSTRUMENTS = dict(zip(("bell", "flute", "drum", "horn", "bird", "rattle"), zip(SHAPES, COLOURS)))
+    def __len__(self):
+        return len(self.clips)
+
+    def files(self, i):
+        """The frames of the clip, then its sound if it has one."""
+        *paths, wav = video_files(self.root, self.clips[i][0])
+        return [*paths, wav] if exists(wav) else paths
+
+    def seconds(self, i):
+        """Eight windows of a second, each centred between two of the 16 frames."""
+        wav = wav_path(self.root, self.clips[i][0])
+        sound = read_wav(wav) if exists(wav) else torch.zeros(0)
+        padded = pad(sound, (SAMPLE_RATE // 2, SAMPLE_RATE // 2))
+        # A window that begins at sample c of the padded sound is centred at sample c of the sound.
+        centres = [(2 * k + 1) * len(sound) // 16 for k in range(8)]
+        return torch.stack([padded[c : c + SAMPLE_RATE] for c in centres])  # (8, 16000)
+
+    def __getitem__(self, i):
+        video, label = self.clips[i]
+        # 16 frames as VideoMAE takes them, evenly over the clip, however long it is.
+        paths = frame_paths(video_folder(self.root, video))
+        centres = [(2 * k + 1) * len(paths) // 32 for k in range(16)]
+        frames = read_frames([paths[c] for c in centres], self.size)
+        spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
+        audible = exists(wav_path(self.root, video))
+        return frames, spectrograms, torch.tensor(label), torch.tensor(audible)
+
+
+# ---------------------------------------------------------------- all data sets
+# What works with any of the four.
+
+
+class Cached(Dataset):
+    """Keeps each item of a dataset in memory after its first read.
+
+    The process that reads is the one that keeps: with workers, each of them has its own items.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.items = {}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        if i not in self.items:
+            self.items[i] = self.dataset[i]
+        return self.items[i]
+
+
+DATASETS = {
+    "ave": AVEDataset,
+    "avs": AVSBenchDataset,
+    "avqa": MusicAVQADataset,
+    "ucf101": UCF101Dataset,
+}
+
+
+def distinct_items(dataset):
+    """An item for each set of files: many questions of MUSIC-AVQA share one video."""
+    first = {}  # files -> the first item that needs them
+    for i in range(len(dataset)):
+        first.setdefault(tuple(dataset.files(i)), i)
+    return list(first.values())
+
+
+# ---------------------------------------------------------------- command: extract
+
+
+def extract_video(path, out):
+    """One video -> OUT/video_frames/ID/0001.jpg ... and OUT/raw_audio/ID.wav. Returns the ID.
+
+    The ID is the file's name without its ending. There is a frame from the middle of each second.
+    The wav is moved into place last: where it is, everything is, and nothing is done again.
+    """
+    video = splitext(basename(path))[0]
+    frames = video_folder(out, video)
+    wav = wav_path(out, video)
+    if exists(wav):
+        return video
+    require(shutil.which("ffmpeg"), "no ffmpeg; install it: apt, brew or conda install ffmpeg")
+
+    # What an earlier, stopped run left goes; frames of another origin do not.
+    ours = exists(f"{frames}/sound.wav")
+    require(ours or not isdir(frames), f"{frames} is there without {wav}; move it away")
+    partial = frames + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(frames, ignore_errors=True)
+    os.makedirs(partial)
+    os.makedirs(dirname(wav), exist_ok=True)
+
+    # An ID may begin with "-" or hold "%": ffmpeg gets an absolute path to read, and writes names
+    # of ours within `partial`.
+    source = ["ffmpeg", "-nostdin", "-v", "error", "-i", os.path.abspath(path)]
+    # fps=1 takes the middle of each second; -r 1 would not (the release: -r 8,
+    # AVE/scripts/extract_frames.py:11).
+    pictures = "-map 0:v:0 -vf fps=1 -q:v 2 %04d.jpg"
+    # Sound that starts later than the picture, or has gaps, keeps its place: silence fills them.
+    sound = "-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar 16000 -c:a pcm_s16le sound.wav"
+    command = source + pictures.split() + sound.split()
+    run = subprocess.run(command, cwd=partial, capture_output=True, text=True, errors="replace")
+
+    if run.returncode != 0 or not exists(f"{partial}/0001.jpg"):
+        shutil.rmtree(partial)
+        for stream, name in (("'0:v:0'", "pictures"), ("'0:a:0'", "sound")):
+            require(stream not in run.stderr, f"{path} has no {name}, and both are wanted")
+        reason = run.stderr.strip().splitlines() or ["no frame came out"]
+        raise InputError(f"{path} is no video to ffmpeg: {reason[-1]}")
+    os.replace(partial, frames)
+    os.replace(f"{frames}/sound.wav", wav)
+    return video
+
+
+def extract(videos, out, jobs):
+    """Extract all videos of a folder, `jobs` at a time. Returns the exit code."""
+    names = sorted(name for name in os.listdir(videos) if not name.startswith("."))
+    stems = Counter(splitext(name)[0] for name in names)
+
+    def fault_of(name):
+        """What is wrong, as text: an exception would end the other videos too."""
+        if stems[splitext(name)[0]] > 1:
+            return f"{name}: another file has the same name; rename one of them"
+        try:
+            extract_video(f"{videos}/{name}", out)
+        except InputError as error:
+            return str(error)
+
+    with ThreadPool(jobs) as pool:
+        results = list(progress(pool.imap(fault_of, names), "extract", len(names)))
+    faults = [fault for fault in results if fault is not None]
+    for fault in faults:
+        print(fault)
+    print(f"{len(names) - len(faults)} of {len(names)} videos are in {out}")
+    print(f"Next, with the annotations in place: python data.py check TASK {out}")
+    return 1 if faults else 0
+
+
+# ---------------------------------------------------------------- commands: check, stats
+# Missing and corrupt files make training fail. Sound that is short, silent or of another rate does
+# no harm but to the score: it is padded, used as it is, or resampled.
+
+
+def faults_of(task, dataset, i):
+    """[(kind, text)] of one item."""
+    try:
+        paths = dataset.files(i)
+        missing = [("missing", path) for path in paths if not exists(path)]
+        if missing:
+            return missing
+        dataset.__getitem__(i)
+    except InputError as error:
+        return [("corrupt", str(error))]
+
+    wav = paths[-1]
+    if not wav.endswith(".wav"):  # UCF101 has clips without sound
+        return []
+    sound = read_wav(wav)
+    # Seconds that the sound should have; n frames of MUSIC-AVQA are a rounded n seconds.
+    length = {"ave": 10, "avs": 5, "avqa": len(paths) - 1.5, "ucf101": 0}[task]
+    faults = []
+    if len(sound) < length * SAMPLE_RATE:
+        faults.append(("short", wav))
+    if not (sound.abs() > 1e-4).any():
+        faults.append(("silent", wav))
+    with wave.open(wav) as file:
+        if file.getframerate() != SAMPLE_RATE:
+            faults.append(("resampled", wav))
+    return faults
+
+
+def check(task, root, size):
+    """Read every item of the three splits, print what is wrong. Returns the exit code."""
+    stats = find_stats(root, task, size)
+    code = 0
+    for split in ("train", "val", "test"):
+        faults = []
+        try:
+            dataset = DATASETS[task](root, split, size, stats)
+            for i in progress(distinct_items(dataset), f"check {split}"):
+                faults += faults_of(task, dataset, i)
+            print(f"{split}: {len(dataset)} items, {len(faults)} faults")
+        except InputError as error:
+            faults.append(("corrupt", str(error)))
+            print(f"{split}: no items")
+
+        for kind, count in Counter(kind for kind, _ in faults).items():
+            lines = [text for its_kind, text in faults if its_kind == kind]
+            for line in lines[:5]:
+                print(f"  {kind}: {line}")
+            if count > 5:
+                print(f"  {kind}: and {count - 5} more")
+            if kind in ("missing", "corrupt"):  # the others do no harm but to the score
+                code = 1
+
+    if code == 0:
+        print(f"All can be read. Next: python train.py {task} --data {root}")
+    else:
+        print("Training would fail: mend what is missing or corrupt.")
+    return code
+
+
+def measure_stats(task, root, size):
+    """[mean, std] of the training spectrograms before normalisation, kept in ROOT/fbank.json.
+
+    As the authors measured theirs (AVE/compute_audio_mean.py:95-111): the mean of all seconds'
+    means and the mean of their stds. The rows with which fbank pads an image are left out: they
+    are no sound.
+    """
+    raw = (0.0, 0.5)  # with these, fbank's (x - mean) / (2 std) changes nothing
+    dataset = DATASETS[task](root, "train", size, raw)
+    measured = []  # (mean, std) of each second
+    for i in progress(distinct_items(dataset), "stats"):
+        *_, last = dataset.files(i)
+        if not last.endswith(".wav"):  # UCF101 has clips without sound
+            continue
+        for spectrogram in spectrograms_of(dataset.seconds(i), size, raw):
+            rows = spectrogram[spectrogram.abs().sum(1) > 0]  # padding is exactly zero
+            measured.append((rows.mean().item(), rows.std().item()))
+    require(measured, f"no training clip of {root} has sound")
+
+    stats = read_stats(root)
+    stats[str(size)] = [float(np.mean(column)) for column in zip(*measured)]
+    write_lines([json.dumps(stats)], f"{root}/fbank.json")
+    return stats[str(size)]
+
+
+def progress(iterable, text, total=None):
+    """A progress bar on a terminal, nothing in a log file."""
+    return tqdm(iterable, text, total, leave=False, disable=None, ncols=79)
+
+
+# ---------------------------------------------------------------- files, whole or not at all
+# A run may be stopped at any moment. What it writes goes to a temporary name first and gets its own
+# name when it is complete, so that no reader ever meets half a file.
+
+
+def write_atomic(path, content):
+    """Write bytes so that the file is there whole or not at all, even after a power cut."""
+    partial = path + ".partial"
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name is
+        os.replace(partial, path)
+    finally:
+        if exists(partial):  # the disk was full, for example
+            os.remove(partial)
+
+
+def write_lines(lines, path):
+    """Lines of text, whole or not at all."""
+    text = "\n".join(lines) + "\n"
+    write_atomic(path, text.encode())
+
+
+def save_tensors(tensors, path):
+    """torch.save, whole or not at all."""
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    write_atomic(path, file.getvalue())
+
+
+def load_tensors(path):
+    """torch.load for tensors alone: a file from a stranger cannot run code."""
+    require(exists(path), f"no weights at {path}; check the path")
+    try:
+        # VideoMAE's own checkpoints keep their settings in an argparse.Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch documents no list of what it raises here
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
+
+
+# ---------------------------------------------------------------- the toys: looks and timbres
+# Six instruments, each with a shape and a colour to see and a timbre to hear. Place, size, pitch,
+# loudness and noise are drawn by chance.
+
+TOY_SIZE = 32  # pixels a side: what the nano backbone takes
+TOY_CLIPS = {
+    "ave": {"train": 480, "val": 60, "test": 120},
+    "avs": {"train": 480, "val": 60, "test": 80},
+    "avqa": {"train": 320, "val": 40, "test": 120},  # videos, each with several questions
+    "ucf101": {"train": 32, "val": 4, "test": 14},  # of each of nine actions
+}
+NOISE = 0.004  # of every toy sound; full scale is 1
+
+
+# Shapes: the signed distance from an outline about 1 in radius, negative inside.
+
+
+def circle(x, y):
+    return np.hypot(x, y) - 0.9
+
+
+def triangle(x, y):
+    return np.maximum(y - 0.7, 0.87 * abs(x) - 0.5 * y - 0.45)
+
+
+def square(x, y):
+    return np.maximum(abs(x), abs(y)) - 0.8
+
+
+def ring(x, y):
+    return abs(np.hypot(x, y) - 0.75) - 0.25
+
+
+def cross(x, y):
+    upright = np.maximum(abs(x) - 0.3, abs(y) - 1)
+    level = np.maximum(abs(y) - 0.3, abs(x) - 1)
+    return np.minimum(upright, level)
+
+
+def diamond(x, y):
+    return abs(x) + abs(y) - 1.05
+
+
+# Timbres: sound at the times t, in seconds. The pitch is a factor on all frequencies.
+
+
+def tone(hertz, t):
+    return np.sin(2 * np.pi * hertz * t)
+
+
+def since_stroke(rate, t):
+    """Seconds since the last of `rate` strokes per second."""
+    return t % (1 / rate)
+
+
+def bell(t, pitch, rng):
+    partials = [tone(hertz * pitch, t) for hertz in (520, 1435, 2808)]
+    return sum(partials) * np.exp(-5 * since_stroke(2, t))
+
+
+def flute(t, pitch, rng):
+    vibrato = 3 * tone(5, t)
+    return np.sin(2 * np.pi * 880 * pitch * t + vibrato)
+
+
+def drum(t, pitch, rng):
+    return tone(90 * pitch, t) * np.exp(-12 * since_stroke(4, t))
+
+
+def horn(t, pitch, rng):
+    return 2 * (220 * pitch * t % 1) - 1  # a sawtooth: all harmonics
+
+
+def bird(t, pitch, rng):
+    stroke = since_stroke(5, t)
+    chirp = tone((2000 + 4000 * stroke) * pitch, stroke)  # the frequency rises
+    return np.where(stroke < 0.12, chirp, 0)
+
+
+def rattle(t, pitch, rng):
+    noise = rng.standard_normal(len(t) + 1)
+    hiss = np.diff(noise)
+    return hiss * np.exp(-25 * since_stroke(8, t))
+
+
+COLOURS = {
+    "red": (230, 60, 50),
+    "green": (60, 190, 80),
+    "blue": (70, 100, 235),
+    "yellow": (235, 205, 60),
+    "magenta": (215, 80, 205),
+    "cyan": (70, 205, 215),
+}
+SHAPES = [circle, triangle, square, ring, cross, diamond]
+
+
+class Instrument(NamedTuple):
+    shape: object
+    colour: str
+    timbre: object
+
+
+INSTRUMENTS = {
+    "bell": Instrument(circle, "red", bell),
+    "flute": Instrument(triangle, "green", flute),
+    "drum": Instrument(square, "blue", drum),
+    "horn": Instrument(ring, "yellow", horn),
+    "bird": Instrument(cross, "magenta", bird),
+    "rattle": Instrument(diamond, "cyan", rattle),
+}
+
 
 def play(name, seconds, rng):
-    """One instrument for some seconds, (seconds * 16000,) float64 with unit RMS; pitch is drawn."""
-    t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE  # seconds
-    pitch, phase = 2 ** rng.uniform(-0.3, 0.3), rng.uniform()
-    beat = lambda rate: (t * rate * pitch + phase) % 1 / rate  # seconds since the last stroke
-    noise = rng.standard_normal(len(t))
-    tone = lambda hertz, r=1: np.sin(2 * np.pi * hertz * pitch * r * t)
-    sound = {
-        "bell": lambda: sum(tone(520, r) for r in (1, 2.76, 5.4)) * np.exp(-5 * beat(2)),
-        "flute": lambda: np.sin(2 * np.pi * 880 * pitch * t + 3 * np.sin(2 * np.pi * 5 * t)),
-        "drum": lambda: tone(90) * np.exp(-12 * beat(4)),  # low bursts
-        "horn": lambda: 2 * ((220 * pitch * t) % 1) - 1,  # a sawtooth: all harmonics
-        "bird": lambda: np.sin(2 * np.pi * (2000 + 4000 * beat(5)) * pitch * beat(5)) * (
-            beat(5) < 0.12),  # upward chirps
-        "rattle": lambda: np.diff(noise, prepend=0) * np.exp(-25 * beat(8))}[name]()
-    return sound / np.sqrt(np.mean(sound ** 2))  # unit RMS
+    """An instrument for some seconds, of random pitch and unit power: (seconds * 16000,)."""
+    t = np.arange(seconds * SAMPLE_RATE, dtype=np.float32) / SAMPLE_RATE
+    pitch = np.float32(2 ** rng.uniform(-0.3, 0.3))
+    start = np.float32(rng.uniform(0, 1))
+    sound = INSTRUMENTS[name].timbre(t + start, pitch, rng)
+    return sound / np.sqrt(np.mean(sound**2))
 
-def draw(objects, size, rng):
-    """A noisy scene. objects: (shape, rgb, x, y, radius), places and radius in units of the image.
 
-    returns (3,size,size) uint8 and per object a mask (size,size) bool; later ones are on top."""
-    y, x = (np.mgrid[:size, :size] + 0.5) / size
-    slope = rng.uniform(-40, 40, (2, 3, 1, 1))
-    image = rng.uniform(40, 110, (3, 1, 1)) + slope[0] * (x - 0.5) + slope[1] * (y - 0.5)
+NAMES = list(INSTRUMENTS)
+
+
+def record(name, seconds, amplitudes, rng):
+    """Noise and, unless the name is None, an instrument in it: (seconds * 16000,)."""
+    length = seconds * SAMPLE_RATE
+    sound = NOISE * rng.standard_normal(length, dtype=np.float32)
+    if name:
+        amplitude = rng.uniform(*amplitudes)
+        sound = sound + amplitude * play(name, seconds, rng)
+    return sound
+
+
+class Thing(NamedTuple):
+    """What draw puts into a scene; place and radius are in units of the image's side."""
+
+    shape: object
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+
+def to_image(values):
+    pixels = np.clip(values, 0, 255).astype(np.uint8)
+    return torch.from_numpy(pixels)
+
+
+def draw(things, size, rng):
+    """A noisy scene: (3, size, size) uint8, and per thing a mask (size, size) bool."""
+    pixel = np.arange(size, dtype=np.float32)
+    grid = (pixel + 0.5) / size
+    x = grid[None, :]
+    y = grid[:, None]
+
+    level = rng.uniform(40, 110, (3, 1, 1))
+    slope_x = rng.uniform(-40, 40, (3, 1, 1))
+    slope_y = rng.uniform(-40, 40, (3, 1, 1))
+    image = level + slope_x * (x - 0.5)
+    image = image + slope_y * (y - 0.5)  # (3, size, size)
+
     masks = []
-    for shape, rgb, x0, y0, radius in objects:
-        inside = shape((x - x0) / radius, (y - y0) / radius) * radius * size  # in pixels
-        cover = np.clip(0.5 - inside, 0, 1)  # a one-pixel soft edge
-        image = image + cover * (np.reshape(rgb, (3, 1, 1)) - image)
-        masks = [mask & (cover < 0.5) for mask in masks] + [cover >= 0.5]
-    image = np.clip(image * rng.uniform(0.8, 1.15) + rng.normal(0, 14, image.shape), 0, 255)
-    return torch.from_numpy(image.astype(np.uint8)), [torch.from_numpy(mask) for mask in masks]
+    for thing in things:
+        dx = (x - thing.x) / thing.radius
+        dy = (y - thing.y) / thing.radius
+        distance = thing.shape(dx, dy)
+        pixels = distance * thing.radius * size
+        cover = np.clip(0.5 - pixels, 0, 1)  # a soft edge, one pixel wide
+        colour = np.reshape(COLOURS[thing.colour], (3, 1, 1))
+        image = image + cover * (colour - image)
+        masks.append(torch.from_numpy(cover >= 0.5))
 
-def place(look, rng, smallest=0.14, largest=0.24):
-    """A (shape, colour) at a random place and size, as draw takes it."""
-    (shape, colour), radius = look, rng.uniform(smallest, largest)
-    return [shape, COLOURS[colour], *rng.uniform(radius, 1 - radius, 2), radius]
+    light = rng.uniform(0.8, 1.15)
+    grain = 14 * rng.standard_normal(image.shape, dtype=np.float32)
+    return to_image(image * light + grain), masks
+
+
+def place(shape, colour, rng, smallest=0.14, largest=0.24):
+    """A thing of random size at a random place, whole within the image."""
+    radius = rng.uniform(smallest, largest)
+    x, y = rng.uniform(radius, 1 - radius, 2)
+    return Thing(shape, colour, x, y, radius)
+
+
+# What the nano backbone is pretrained on, in ImageNet's place.
+
+
+def stripes(direction, period, size, rng):
+    """An image of stripes as in spectrograms: (3, size, size) uint8."""
+    angle = direction * np.pi / 8
+    angle = angle + rng.uniform(-0.1, 0.1)
+    period = period * rng.uniform(0.85, 1.15)  # in pixels
+    x = np.arange(size)[None, :]
+    y = np.arange(size)[:, None]
+    across = np.cos(angle) * x + np.sin(angle) * y
+    wave = tone(1 / period, across + period * rng.uniform())
+    background, _ = draw([], size, rng)
+    contrast = rng.uniform(-90, 90, (3, 1, 1))
+    return to_image(background.numpy() + contrast * wave)
+
+
+PERIODS = [3.5, 6, 11]  # pixels
+
 
 def toy_images(count, size, rng):
-    """In ImageNet's place, without sound: 36 kinds of things (a shape in a colour), 24 of texture
-    (stripes, as in spectrograms) -> (count,3,size,size) uint8, labels (count,) in 0..59"""
-    images, labels, grid = [], rng.integers(0, 60, count), np.arange(size)
-    looks = [(shape, colour) for shape in SHAPES for colour in COLOURS]
-    for label in labels:
-        if label < 36:  # a thing
-            images.append(draw([place(looks[label], rng, 0.12, 0.3)], size, rng)[0])
+    """Images without sound: (count, 3, size, size) uint8, attributes (count, 23) of 0 and 1.
+
+    Three images in five show a thing: one of six shapes (attributes 0 to 5) in one of six colours
+    (6 to 11). The others show stripes: one of eight directions (12 to 19), one of three periods
+    (20 to 22). So each image has two attributes."""
+    colours = list(COLOURS)
+    images = []
+    attributes = torch.zeros(count, 23)
+    for i in range(count):
+        if rng.uniform() < 0.6:
+            shape, colour = rng.integers(6, size=2)
+            thing = place(SHAPES[shape], colours[colour], rng, 0.12, 0.3)
+            image, _ = draw([thing], size, rng)
+            attributes[i, shape] = 1
+            attributes[i, 6 + colour] = 1
         else:
-            angle = (label - 36) // 3 * np.pi / 8 + rng.uniform(-0.1, 0.1)
-            period = (3.5, 6, 11)[label % 3] * rng.uniform(0.85, 1.15)
-            along = np.cos(angle) * grid + np.sin(angle) * grid[:, None]
-            stripes = np.sin(2 * np.pi * (along / period + rng.uniform()))
-            image = draw([], size, rng)[0].numpy() + stripes * rng.uniform(-90, 90, (3, 1, 1))
-            images.append(torch.from_numpy(np.clip(image, 0, 255).astype(np.uint8)))
-    return torch.stack(images), torch.from_numpy(labels)
+            direction = rng.integers(8)
+            period = rng.integers(3)
+            image = stripes(direction, PERIODS[period], size, rng)
+            attributes[i, 12 + direction] = 1
+            attributes[i, 20 + period] = 1
+        images.append(image)
+    return torch.stack(images), attributes
 
-# ---------------------------------------------------------------- the toy data sets
-def write_video(root, video, images, sound):
-    """A toy video as files, extracted already: (T,3,S,S) uint8 images, (N,) sound."""
-    folder, wav = video_paths(root, video)
-    write_clip([join(folder, f"{t + 1:04d}.jpg") for t in range(len(images))], images, wav, sound)
 
-def write_clip(paths, images, wav, sound):
-    """Images as jpg or png, as many as there are paths, and the sound, if any, as 16 bit wav."""
-    for path in (*paths, wav):
-        os.makedirs(dirname(path), exist_ok=True)
-    for path, image in zip(paths, images):
-        jpeg = path.endswith(".jpg")
-        code = torchvision.io.encode_jpeg(image, 95) if jpeg else torchvision.io.encode_png(image)
-        torchvision.io.write_file(path, code)
-    if sound is not None:
-        with wave.open(wav, "wb") as file:
-            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
-            file.writeframes((np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes())
+# ---------------------------------------------------------------- the toys: four data sets
+
+
+def is_toy(root):
+    """Whether a data folder was written by make_toy."""
+    return exists(f"{root}/toy.json")
+
 
 def make_toy(task, root, seed=0):
     """Write the toy data set of a task, complete or not at all."""
     require(not exists(root), f"{root} is there already; remove it or choose another folder")
-    shutil.rmtree(partial := root.rstrip("/") + ".partial", ignore_errors=True)  # of a stopped run
-    toys = {"ave": toy_ave, "avs": toy_avs, "avqa": toy_avqa, "ucf101": toy_ucf101}
-    toys[task](partial, np.random.default_rng(seed))
-    stats(task, partial, TOY_SIZE)
-    write_lines([json.dumps({"task": task, "seed": seed})], join(partial, "toy.json"))
+    makers = {"ave": toy_ave, "avs": toy_avs, "avqa": toy_avqa, "ucf101": toy_ucf101}
+    partial = root.rstrip("/") + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
+    makers[task](partial, np.random.default_rng(seed))
+    measure_stats(task, partial, TOY_SIZE)
+    write_lines([json.dumps({"task": task, "seed": seed})], f"{partial}/toy.json")
     os.replace(partial, root)
 
-TOY_SIZE = 48  # pixels a side: what the nano backbone takes
-TOY_CLIPS = {"ave": {"train": 240, "val": 60, "test": 120},
-             "avs": {"train": 480, "val": 60, "test": 80},
-             "avqa": {"train": 380, "val": 60, "test": 120},  # videos
-             "ucf101": {"train": 32, "val": 4, "test": 14}}  # of each of nine actions
+
+def write_image(path, image):
+    """(C, S, S) uint8 as jpg or png."""
+    os.makedirs(dirname(path), exist_ok=True)
+    if path.endswith(".jpg"):
+        torchvision.io.write_jpeg(image, path, 95)
+    else:
+        torchvision.io.write_png(image, path)
+
+
+def write_wav(path, sound):
+    """(N,) at 16 kHz as a mono 16-bit wav."""
+    os.makedirs(dirname(path), exist_ok=True)
+    samples = (np.clip(sound, -1, 1) * 32767).astype("<i2")
+    with wave.open(path, "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+        file.writeframes(samples.tobytes())
+
+
+def write_video(root, video, images, sound):
+    """A toy video as it is after extraction: images (3, S, S) uint8, sound (N,) or None."""
+    folder = video_folder(root, video)
+    for number, image in enumerate(images, 1):
+        write_image(f"{folder}/{number:04d}.jpg", image)
+    if sound is not None:
+        write_wav(wav_path(root, video), sound)
+
 
 def toy_clips(task):
-    """(split, number, id) of each clip of a toy; one id in four has a dash, as on YouTube."""
+    """(split, name) of each clip of a toy; one name in four has a dash in front, as on YouTube."""
+    clips = []
     for split, count in TOY_CLIPS[task].items():
-        for i in bar(range(count), f"toy {task} {split}"):
-            yield split, i, f"{'-' * (i % 4 == 0)}{split}{i:04d}"
+        for i in range(count):
+            dash = "-" if i % 4 == 0 else ""
+            clips.append((split, f"{dash}{split}{i:04d}"))
+    return progress(clips, f"toy {task}")
+
+
+RADIUS = {"near": (0.26, 0.32), "far": (0.11, 0.15)}
+AMPLITUDE = {"near": (0.1, 0.14), "far": (0.01, 0.014)}
+MODERATE = (0.02, 0.1)  # amplitudes where loudness does not matter
+
+
+def ave_second(seen, heard, size, loudness, rng):
+    """One second of an AVE clip: an image (3, S, S) and a sound (16000,).
+
+    seen and heard are names of instruments or None; size and loudness are "near" or "far"."""
+    things = []
+    if seen:
+        shape, colour, _ = INSTRUMENTS[seen]
+        thing = place(shape, colour, rng, *RADIUS[size])
+        things.append(thing)
+    image, _ = draw(things, TOY_SIZE, rng)
+    return image, record(heard, 1, AMPLITUDE[loudness], rng)
+
 
 def toy_ave(root, rng):
-    """The AVE layout with the toy's instruments; neither sight nor sound alone can label it.
-    A clip has one event, 3 to 7 seconds of its 10, in which its instrument is both seen and heard.
-    The other seconds are background, each of one kind by chance: its instrument is seen but silent,
-    or heard but unseen, or seen to another one's sound, or heard to another one's look.
-    Worked example, `bell&toy0007&good&2&6`:
+    """The AVE layout, with labels that only an exchange between the two streams can find.
+
+    Near things are large and loud, far things are small and soft. A clip has one event of 3 to 7
+    seconds, in which its instrument is seen and heard, and the loudness fits the size. The other
+    seconds are background. In six of ten the same instrument is seen and heard as well, but the
+    loudness does not fit: what sounds is another one of its kind, out of sight. In the rest it is
+    silent, or unseen, or another instrument is seen or heard in its place.
+
+    Worked example, `bell&train0007&good&2&6`. Capitals mean near, that is large or loud:
+
         second   0       1       2     3     4     5     6       7       8       9
-        seen     bell    -       bell  bell  bell  bell  bell    drum    bell    -
-        heard    -       bell    bell  bell  bell  bell  horn    bell    -       bell
+        seen     BELL    -       bell  BELL  BELL  bell  bell    drum    BELL    bell
+        heard    bell    bell    bell  BELL  BELL  bell  BELL    bell    -       BELL
         label    backgr. backgr. bell  bell  bell  bell  backgr. backgr. backgr. backgr.
-    Sight alone sees a bell in seconds 0 and 2-6 and 8 and cannot tell which of them sound."""
-    rows = {split: [] for split in TOY_CLIPS["ave"]}
-    for split, i, _ in toy_clips("ave"):
-        name, other = rng.permutation(list(INSTRUMENTS))[:2]  # the event, and a distractor
+
+    In seconds 2, 3, 6 and 0 a bell is seen and heard, large or small, loud or soft. No sum of what
+    is seen and what is heard tells the first two from the others: it is an XNOR of size and
+    loudness. AVE's head is linear, so the streams have to meet before it, in the adapters."""
+    lines = {split: [] for split in TOY_CLIPS["ave"]}
+    for split, video in toy_clips("ave"):
+        event, other = rng.permutation(NAMES)[:2]
         length = rng.integers(3, 8)
         start = rng.integers(0, 11 - length)
-        video = f"{'-' * (rng.uniform() < 0.25)}{split}{i:04d}"  # here one in four by chance
-        images, sound = [], []
+        images = []
+        sounds = []
         for t in range(10):
-            seen, heard = (name, name) if start <= t < start + length else (
-                (name, None), (None, name), (name, other), (other, name))[rng.integers(4)]
-            scene = [place(INSTRUMENTS[seen], rng)] if seen else []
-            images.append(draw(scene, TOY_SIZE, rng)[0])
-            sound.append(0.03 * rng.standard_normal(SAMPLE_RATE))
-            if heard:
-                sound[-1] += rng.uniform(0.03, 0.2) * play(heard, 1, rng)
-        write_video(root, video, images, np.concatenate(sound))
-        rows[split].append(f"{name}&{video}&good&{start}&{start + length}")
-    write_lines(["Category&VideoID&Quality&StartTime&EndTime", *sum(rows.values(), [])],
-                join(root, "Annotations.txt"))
-    for split, lines in rows.items():
-        write_lines(lines, join(root, f"{split}Set.txt"))
+            seen = event
+            heard = event
+            size, opposite = rng.permutation(["near", "far"])
+            loudness = size
+            if not start <= t < start + length:  # background, of one kind by chance
+                kind = rng.integers(10)
+                if kind < 6:
+                    loudness = opposite
+                elif kind == 6:
+                    heard = None
+                elif kind == 7:
+                    seen = None
+                elif kind == 8:
+                    heard = other
+                else:
+                    seen = other
+            image, sound = ave_second(seen, heard, size, loudness, rng)
+            images.append(image)
+            sounds.append(sound)
+        write_video(root, video, images, np.concatenate(sounds))
+        lines[split].append(f"{event}&{video}&good&{start}&{start + length}")
 
-def moving(names, rng, steps=5):
-    """A list over time of what draw takes: instruments in straight motion, never overlapping."""
-    looks, paths = [INSTRUMENTS[name] for name in names], []  # paths (steps, 3): x, y, radius
-    while len(paths) < len(looks):
-        start, aim = (np.array(place(looks[0], rng, 0.17, 0.27)[2:]) for _ in range(2))
-        path = np.linspace(start, (start + aim) / 2, steps)
-        apart = [np.hypot(*(path - other)[:, :2].T) > path[:, 2] + other[:, 2] for other in paths]
-        if np.all(apart):
-            paths.append(path)
-        elif rng.uniform() < 0.02:  # the first ones may leave no room
-            paths = []
-    things = [place(look, rng)[:2] for look in looks]
-    return [[(*thing, *spot) for thing, spot in zip(things, spots)] for spots in zip(*paths)]
+    annotations = ["Category&VideoID&Quality&StartTime&EndTime"]
+    for split in lines:
+        write_lines(lines[split], f"{root}/{split}Set.txt")
+        annotations += lines[split]
+    write_lines(annotations, f"{root}/Annotations.txt")
+
+
+def circling(names, radii, steps, rng):
+    """One scene per step, in which instruments circle around the middle of the image.
+
+    They stand evenly on a circle, so that none overlaps another or leaves the image."""
+    start = rng.uniform(0, 2 * np.pi)
+    speed = rng.uniform(-0.5, 0.5)  # radians per step
+    scenes = []
+    for t in range(steps):
+        scene = []
+        for k, name in enumerate(names):
+            angle = start + speed * t
+            angle = angle + 2 * np.pi * k / len(names)
+            x = 0.5 + 0.27 * np.cos(angle)
+            y = 0.5 + 0.27 * np.sin(angle)
+            shape, colour, _ = INSTRUMENTS[name]
+            thing = Thing(shape, colour, x, y, radii[k])
+            scene.append(thing)
+        scenes.append(scene)
+    return scenes
+
+
+def film(scenes, rng):
+    """The images of scenes, each (3, S, S) uint8."""
+    images = []
+    for scene in scenes:
+        image, _ = draw(scene, TOY_SIZE, rng)
+        images.append(image)
+    return images
+
+
+def write_s4_clip(root, clip, images, masks, sound):
+    """A toy clip, SPLIT/CATEGORY/NAME, as AVSBench has it; in training only frame 1 has a mask."""
+    split, _, name = clip.split("/")
+    folder = f"{root}/s4_data"
+    for k, (image, mask) in enumerate(zip(images, masks), 1):
+        write_image(f"{folder}/visual_frames/{clip}/{name}_{k}.png", image)
+        if k == 1 or split != "train":
+            write_image(f"{folder}/gt_masks/{clip}/{name}_{k}.png", mask)
+    write_wav(f"{folder}/audio_wav/{clip}.wav", sound)
+
 
 def toy_avs(root, rng):
-    """The AVSBench S4 layout: two or three instruments move, and one of them sounds. Only the sound
-    tells which one; an eye that finds them all has to guess among two or three."""
+    """The AVSBench S4 layout: two or three instruments circle, and one of them sounds.
+
+    The mask is that one's. Only the sound tells which one it is.
+
+    Worked example: a bell, a drum and a horn are seen in all five frames, and a drum is heard. The
+    masks are the drum's. An eye alone has to guess one of three. It does best to answer "nothing",
+    since each pixel of the drum belongs to the mask with a probability of one third."""
     rows = ["name,start,category,split"]
-    for split, _, name in toy_clips("avs"):
-        seen = rng.permutation(list(INSTRUMENTS))[:rng.integers(2, 4)]
-        sounding = rng.integers(len(seen))  # which one is heard
-        images, masks = zip(*(draw(scene, TOY_SIZE, rng) for scene in moving(seen, rng)))
-        sound = rng.uniform(0.05, 0.2) * play(seen[sounding], 5, rng)
-        paths, wav = s4_files(root, split, name, seen[sounding])
-        write_clip(paths, [*images, *(mask[sounding][None].byte() * 255 for mask in masks)],
-                   wav, sound + 0.03 * rng.standard_normal(len(sound)))
-        rows.append(f"{name},0,{seen[sounding]},{split}")
-    write_lines(rows, join(root, "s4_meta_data.csv"))
+    for split, name in toy_clips("avs"):
+        count = rng.integers(2, 4)
+        seen = rng.permutation(NAMES)[:count]
+        sounding = rng.integers(count)  # which one is heard
+        category = seen[sounding]
+        radii = rng.uniform(0.18, 0.23, count)
+        images = []
+        masks = []
+        for scene in circling(seen, radii, 5, rng):
+            image, scene_masks = draw(scene, TOY_SIZE, rng)
+            images.append(image)
+            mask = scene_masks[sounding]
+            masks.append(255 * mask[None].byte())
+        sound = record(category, 5, MODERATE, rng)
+        write_s4_clip(root, f"{split}/{category}/{name}", images, masks, sound)
+        rows.append(f"{name},0,{category},{split}")
+    write_lines(rows, f"{root}/s4_meta_data.csv")
+
+
+NUMBERS = ["zero", "one", "two"]
+
+
+def questions(video, seen, heard, fits):
+    """The questions about a video; the last one seen is the one heard, if that fits."""
+    colours = [INSTRUMENTS[name].colour for name in seen]
+    rows = []
+
+    def ask(modality, kind, content, answer, *values):
+        row = {"video_id": video, "question_content": content, "anser": answer}  # [sic]
+        row["type"] = json.dumps([modality, kind])
+        row["templ_values"] = json.dumps(values)
+        rows.append(row)
+
+    ask("Visual", "Counting", "How many instruments are in the video?", NUMBERS[len(seen)])
+    ask("Audio", "Instrument", "Which instrument is sounding?", heard)
+    sounding = "one" if fits else "zero"
+    ask("Audio-Visual", "Counting", "How many instruments in the video are sounding?", sounding)
+    answer = "yes" if fits else "no"
+    ask("Audio-Visual", "Existential", "Is the <Colour> one sounding?", answer, colours[-1])
+    if fits and len(seen) == 2:
+        ask("Audio-Visual", "Existential", "Is the <Colour> one sounding?", "no", colours[0])
+    return rows
+
 
 def toy_avqa(root, rng):
-    """The MUSIC-AVQA layout. A video of 3 to 6 seconds shows one instrument or two, and lets one be
-    heard, or two in turn. In every second video one of them is both seen and heard.
-    Worked example: a bell and a drum are seen, a drum and a horn are heard. "How many instruments
-    are sounding?" two. "Is the yellow one sounding?" no: the horn is heard, but it is not there.
-    "Which instrument in the video is sounding?" drum, which neither eye nor ear can tell alone. No
-    question asks who came first or stands left: the published head cannot know."""
-    questions = {split: [] for split in TOY_CLIPS["avqa"]}
-    number, (a, v, av) = ("zero", "one", "two"), ("Audio", "Visual", "Audio-Visual")
-    for split, i, video in toy_clips("avqa"):
-        seconds, drawn = rng.integers(3, 7), rng.permutation(list(INSTRUMENTS))
-        both = i % 2  # how many are both
-        n_seen, n_heard = rng.integers(1, 3, 2)
-        seen, heard = drawn[:n_seen], drawn[n_seen - both:][:n_heard]
-        images = [draw(scene, TOY_SIZE, rng)[0] for scene in moving(seen, rng, seconds)]
-        order = heard[np.arange(seconds) * n_heard // seconds]  # one after the other
-        sound = np.concatenate([rng.uniform(0.05, 0.2) * play(name, 1, rng) for name in order])
-        write_video(root, video, images, sound + 0.03 * rng.standard_normal(len(sound)))
-        match, dice = seen[-1], rng.integers(4)  # match: where one is both
-        other = rng.choice([x for x in drawn[:n_seen + n_heard] if not both or x != match])
-        asked = [  # if, modality, kind, question, answer, the instrument whose colour it names
-            (dice == 0, v, "Counting", "How many instruments are in the video?", number[n_seen]),
-            (n_seen < 2, v, "Instrument", "Which instrument is in the video?", seen[0]),
-            (dice == 1, a, "Counting", "How many instruments are sounding?", number[n_heard]),
-            (n_heard < 2, a, "Instrument", "Which instrument is sounding?", heard[0]),
-            (True, av, "Counting", "How many instruments in the video are sounding?", number[both]),
-            (both and n_seen + n_heard > 2, av, "Instrument",
-             "Which instrument in the video is sounding?", match),
-            (both, av, "Existential", "Is the <Colour> one sounding?", "yes", match),
-            (dice < 2, av, "Existential", "Is the <Colour> one sounding?", "no", other)]
-        for wanted, modality, kind, content, answer, *about in asked:
-            if wanted:
-                questions[split].append({
-                    "video_id": video, "question_id": len(questions[split]),
-                    "type": json.dumps([modality, kind]), "question_content": content,
-                    "templ_values": json.dumps([INSTRUMENTS[name][1] for name in about]),
-                    "question_deleted": 0, "anser": answer})
-    for split, rows in questions.items():
-        write_lines([json.dumps(rows, indent=1)], join(root, f"avqa-{split}.json"))
+    """The MUSIC-AVQA layout: one or two instruments circle, and one instrument sounds.
+
+    In half of the videos the last one seen is the one heard. In the others an unseen one sounds.
+
+    Worked example: a bell and a drum are seen, and a horn is heard.
+
+        Visual         How many instruments are in the video?             two
+        Audio          Which instrument is sounding?                      horn
+        Audio-Visual   How many instruments in the video are sounding?    zero
+        Audio-Visual   Is the blue one sounding?                          no
+
+    Were the drum heard, the last two answers would be "one" and "yes". No question asks what comes
+    first or stands left: the published head averages over seconds and places."""
+    rows = {split: [] for split in TOY_CLIPS["avqa"]}
+    for split, video in toy_clips("avqa"):
+        count = rng.integers(1, 3)
+        *seen, heard = rng.permutation(NAMES)[: count + 1]
+        fits = rng.uniform() < 0.5
+        if fits:
+            heard = seen[-1]
+
+        seconds = rng.integers(3, 7)
+        radii = rng.uniform(0.15, 0.22, count)
+        scenes = circling(seen, radii, seconds, rng)
+        images = film(scenes, rng)
+        sound = record(heard, seconds, MODERATE, rng)
+        write_video(root, video, images, sound)
+        rows[split] += questions(video, seen, heard, fits)
+
+    for split in rows:
+        for number, row in enumerate(rows[split]):
+            row["question_id"] = number
+        text = json.dumps(rows[split], indent=1)
+        write_lines([text], f"{root}/avqa-{split}.json")
+
 
 def toy_ucf101(root, rng):
-    """The UCF101 layout: nine actions, a bell, a flute or a drum seen moving to the sound of a
-    horn, of a rattle or, as in half of the real classes, to none. One sense knows one in three."""
-    actions = [(x, y) for x in ("bell", "flute", "drum") for y in ("horn", "rattle", "")]
-    names, lists = [seen.title() + heard.title() for seen, heard in actions], {}
-    lists["classInd"] = [f"{number} {name}" for number, name in enumerate(names, 1)]
-    first = {"train": 8, "val": 24, "test": 1}  # group; two clips in each
-    for split, i, _ in toy_clips("ucf101"):
-        for number, (name, (seen, heard)) in enumerate(zip(names, actions), 1):
-            video = f"v_{name}_g{first[split] + i // 2:02}_c{i % 2 + 1:02}"
-            images = [draw(scene, TOY_SIZE, rng)[0] for scene in moving([seen], rng, 16)]
-            hiss = 0.03 * rng.standard_normal(2 * SAMPLE_RATE)
-            sound = rng.uniform(0.05, 0.2) * play(heard, 2, rng) + hiss if heard else None
-            write_video(root, video, images, sound)
-            key, label = ("test", "") if split == "test" else ("train", f" {number}")
-            lists.setdefault(key + "list01", []).append(f"{name}/{video}.avi{label}\r")  # as real
+    """The UCF101 layout: nine actions, each something seen to something heard.
+
+    A bell, a flute or a drum moves, to the sound of a horn, of a rattle or, as in half of the real
+    classes, to none. One sense alone knows one action in three."""
+    actions = []
+    for seen in ("bell", "flute", "drum"):
+        for heard in ("horn", "rattle", ""):
+            actions.append((seen, heard))
+    lists = {
+        "classInd": [],
+        "trainlist01": [],
+        "testlist01": [],
+    }
+    for number, (seen, heard) in enumerate(actions, 1):
+        lists["classInd"].append(f"{number} {seen.title()}{heard.title()}")
+
+    first_group = {"train": 8, "val": 24, "test": 1}  # two clips in each group
+    for split, count in TOY_CLIPS["ucf101"].items():
+        for i in range(count):
+            for number, (seen, heard) in enumerate(actions, 1):
+                name = seen.title() + heard.title()
+                group = first_group[split] + i // 2
+                video = f"v_{name}_g{group:02}_c{i % 2 + 1:02}"
+                radius = rng.uniform(0.15, 0.22)
+                scenes = circling([seen], [radius], 16, rng)
+                images = film(scenes, rng)
+                sound = None
+                if heard:
+                    sound = record(heard, 2, MODERATE, rng)
+                write_video(root, video, images, sound)
+                if split == "test":
+                    lists["testlist01"].append(f"{name}/{video}.avi\r")  # the real ones have \r too
+                else:
+                    lists["trainlist01"].append(f"{name}/{video}.avi {number}\r")
     for name, lines in lists.items():
-        write_lines(lines, join(root, name + ".txt"))
+        write_lines(lines, f"{root}/{name}.txt")
 
-# ---------------------------------------------------------------- files, whole or not at all
-def bar(iterable, text, total=None):
-    """A progress bar on a terminal, nothing in a log file."""
-    return tqdm(iterable, text, total, leave=False, disable=None, ncols=79)
 
-def write_atomic(path, content):
-    """Write bytes under a temporary name, then rename: the file is there whole or not at all."""
-    partial = Path(path + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # after a full disk, say
+# ---------------------------------------------------------------- the command line
 
-def write_lines(lines, path):
-    write_atomic(path, ("\n".join(lines) + "\n").encode())
-def save_atomic(tensors, path):
-    torch.save(tensors, file := io.BytesIO())
-    write_atomic(path, file.getvalue())
 
-def load_file(path):
-    """torch.load for tensors alone: a file from a stranger cannot run code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no weights at {path}; check the path") from None
-    except Exception as error:  # what torch raises for a file that is none is not documented
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
+def parse():
+    """The arguments of one command, as the module's docstring lists them."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True)
 
-# ---------------------------------------------------------------- commands
-def survey(dataset, read=False):
-    """What is amiss with a split's files, as {kind: [path or line]}: missing, short and odd rate;
-    with read=True every clip is read, and there are also corrupt and silent."""
-    found = {kind: [] for kind in ("missing", "corrupt", "silent", "short", "odd rate")}
-    for i in bar(one_per_sound(dataset), f"check {dataset.split}"):
-        images, wav = dataset.files(i)
-        if lost := [path for path in (*images, wav) if path and not exists(path)]:
-            found["missing"].append(lost[0])
-            continue
-        try:
-            if wav:
-                with open_wav(wav) as file:
-                    rate, width = file.getframerate(), file.getnchannels() * file.getsampwidth()
-                    # What the file holds, whatever its header says.
-                    samples = min(file.getnframes(), (os.path.getsize(wav) - 44) // width)
-                found["short"] += [wav] * (samples < dataset.seconds * rate)
-                found["odd rate"] += [wav] * (rate != SAMPLE_RATE)  # will be resampled
-            if read and dataset[i] and dataset.sound(i).abs().max() < 1e-4:  # of full scale
-                found["silent"].append(dataset.wav(i))
-        except InputError as error:
-            if not read:
-                raise
-            found["corrupt"].append(str(error))
-    return found
+    command = commands.add_parser("extract")
+    command.add_argument("videos")
+    command.add_argument("root")
+    command.add_argument("--jobs", type=int, default=os.cpu_count())
 
-def one_per_sound(dataset):
-    """An item for each sound: the questions of MUSIC-AVQA share their videos."""
-    return list({dataset.wav(i): i for i in reversed(range(len(dataset)))}.values())[::-1]
+    for name, option, default in [
+        ("check", "size", 192),
+        ("stats", "size", 192),
+        ("toy", "seed", 0),
+    ]:
+        command = commands.add_parser(name)
+        command.add_argument("task", choices=DATASETS)
+        command.add_argument("root")
+        command.add_argument("--" + option, type=int, default=default)
+    return parser.parse_args()
 
-def extract_video(path, out):
-    """OUT/video_frames/ID/NNNN.jpg, a frame from the middle of each second, and OUT/raw_audio/
-    ID.wav, 16 kHz mono. Returns the ID, which is the file's name without its ending."""
-    video = splitext(basename(path))[0]
-    frames, wav = video_paths(out, video)
-    if exists(wav):  # it comes last: where it is, all is
-        return video
-    require(shutil.which("ffmpeg"), "no ffmpeg; install it: apt, brew or conda install ffmpeg")
-    require(not isdir(frames) or exists(join(frames, "sound.wav")),
-            f"{frames} is there without {wav}, and not from here; move it away")
-    for folder in (partial := frames + ".partial", frames):  # of a run that was stopped half-way
-        shutil.rmtree(folder, ignore_errors=True)
-    for folder in (partial, dirname(wav)):
-        os.makedirs(folder, exist_ok=True)
-    # fps=1 takes the middle of each second (-r 1 would not). Written from within the folder and
-    # read by an absolute path, so that no name is taken for an option or a pattern.
-    run = subprocess.run(
-        ["ffmpeg", "-nostdin", "-v", "error", "-i", os.path.abspath(path),
-         "-map", "0:v:0", "-vf", "fps=1", "-q:v", "2", "%04d.jpg",
-         "-map", "0:a:0", "-ac", "1", "-ar", str(SAMPLE_RATE), "-c:a", "pcm_s16le", "sound.wav"],
-        cwd=partial, capture_output=True, text=True, errors="replace")
-    if run.returncode or not exists(join(partial, "0001.jpg")):
-        shutil.rmtree(partial)
-        raise InputError(
-            f"{path} has no sound, and both streams are wanted" if "'0:a:0'" in run.stderr else
-            f"{path} has no pictures" if "'0:v:0'" in run.stderr or not run.stderr else
-            f"{path} is no video to ffmpeg: {run.stderr.strip().splitlines()[-1]}")
-    os.replace(partial, frames)
-    os.replace(join(frames, "sound.wav"), wav)
-    return video
 
-def extract(videos, out, jobs):
-    """All videos of a folder not done yet, `jobs` at a time. Returns 1 if any failed, else 0."""
-    names = sorted(name for name in os.listdir(videos) if not name.startswith("."))
-    namesakes = collections.Counter(splitext(name)[0] for name in names)
+def run(args):
+    """One command. Returns its exit code."""
+    if args.command == "extract":
+        return extract(args.videos, args.root, args.jobs)
+    if args.command == "check":
+        return check(args.task, args.root, args.size)
+    if args.command == "stats":
+        mean, std = measure_stats(args.task, args.root, args.size)
+        print(f"mean {mean:.6f}  std {std:.6f}  (kept in {args.root}/fbank.json)")
+    else:
+        make_toy(args.task, args.root, args.seed)
+    print(f"Next: python train.py {args.task} --data {args.root}")
+    return 0
 
-    def fault(name):  # returned, for an exception would end the others too
-        if namesakes[splitext(name)[0]] > 1:
-            return f"{name}: another file has the same name; rename one of them"
-        try:
-            extract_video(join(videos, name), out)
-        except InputError as error:
-            return str(error)
-
-    with multiprocessing.pool.ThreadPool(jobs) as pool:
-        faults = list(filter(None, bar(pool.imap(fault, names), "extract", len(names))))
-    print(*faults, f"{len(names) - len(faults)} of {len(names)} videos are in {out}",
-          f"Next, with the annotations in place: python data.py check TASK {out}", sep="\n")
-    return int(bool(faults))
-
-def check(task, root, size):
-    """Reads every clip and prints what there is and what is wrong; returns 1 if training would
-    fail, else 0. Silent, short and resampled sounds do no harm but to the score."""
-    fails = 0
-    for split in ("train", "val", "test"):
-        try:
-            dataset = DATASETS[task](root, split, size)
-            found = survey(dataset, read=True)
-            print(f"{split}: {len(dataset)} items, {len(one_per_sound(dataset))} sounds;",
-                  ", ".join(f"{kind} {len(paths)}" for kind, paths in found.items()))
-            for kind, paths in found.items():
-                for path in [*paths[:5], f"and {len(paths) - 5} more"][:len(paths)]:
-                    print(f"  {kind}: {path}")
-            fails += len(found["missing"]) + len(found["corrupt"])  # the rest does no harm
-        except InputError as error:
-            print(f"{split}: {error}")
-            fails += 1
-    print("training would fail: mend what is missing or corrupt" if fails else
-          f"all can be read. Next: python train.py {task} --data {root}")
-    return int(fails > 0)
-
-def stats(task, root, size):
-    """Mean and std of the training spectrograms before normalisation, into root/fbank.json: the
-    mean of the seconds' means and the mean of their stds, as the authors measured theirs, but over
-    the second's real rows alone (padding is no sound)."""
-    dataset = DATASETS[task](root, "train", size)
-    raw = (fbank(second, size, 0.0, 0.5) for i in bar(one_per_sound(dataset), "stats")
-           if dataset.files(i)[1] for second in dataset.sound(i))
-    real = (image[image.abs().sum(1) > 0] for image in raw)
-    found = [(rows.mean().item(), rows.std().item()) for rows in real]
-    known = {**known_stats(root), str(size): [float(np.mean(column)) for column in zip(*found)]}
-    write_lines([json.dumps(known)], join(root, "fbank.json"))
-    return known[str(size)]
-
-DATASETS = {"ave": AVE, "avs": AVSBench, "avqa": MusicAVQA, "ucf101": UCF101}
 
 def main():
-    text = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = argparse.ArgumentParser(**text)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = {name: commands.add_parser(name, **text)
-               for name in ("extract", "check", "stats", "toy")}
-    for name, option in {"check": "--size", "stats": "--size", "toy": "--seed"}.items():
-        command[name].add_argument("task", choices=DATASETS)
-        command[name].add_argument("root")
-        command[name].add_argument(option, type=int, default={"--size": 192}.get(option, 0))
-    for name in ("videos", "out"):
-        command["extract"].add_argument(name)
-    command["extract"].add_argument("--jobs", type=int, default=os.cpu_count())
-    args = vars(parser.parse_args())
-    name = args.pop("command")
+    """Run a command. What the user can mend ends in one line on stderr and exit code 2."""
     try:
-        done = {"extract": extract, "check": check, "stats": stats, "toy": make_toy}[name](**args)
-        if name in ("extract", "check"):
-            sys.exit(done)
-        if name == "stats":
-            print("mean {:.6f}  std {:.6f}  (kept in {root}/fbank.json)".format(*done, **args))
-        print("Next: python train.py {task} --data {root}".format(**args))
+        sys.exit(run(parse()))
     except (InputError, OSError) as error:
-        sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("stopped; the same command goes on from there", file=sys.stderr) or 130)
+        print("data.py: stopped; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()
