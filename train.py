@@ -272,7 +272,6 @@ def train_avs(settings):
     """Audio-visual segmentation: settings -> a run in settings.out.
 
     Clips of five seconds with a frame each. In training only the first frame has a mask."""
-    require(settings.modality != "a", "segmentation needs frames: --modality av or v")
     facts = {}
     loaders = open_loaders(settings, facts)
     model, forward, optimizer, log = start_run(settings, facts)
@@ -1323,8 +1322,13 @@ def settings_of(task, given, recipes):
         not (one_stream and both),
         "--drop-path, --checkpoint-activations and --tpavi want both streams: --modality av",
     )
+    is_clip = task == "ucf101" or "videomae" not in settings.backbone
+    require(is_clip, "VideoMAE reads clips of 16 frames: it is for ucf101")
     with torch.device("meta"):  # what does not exist or fit ends here, before any data are made
         net = build_net(settings, lavish.make_backbone(settings.backbone, settings.image_size))
+        if task == "avs":
+            require(settings.modality != "a", "segmentation needs frames: --modality av or v")
+            lavish.AVS(net)
     settings.image_size = net.backbone.image_size
     return settings
 
@@ -1344,10 +1348,11 @@ def train(task, given):
     done = os.path.join(settings.out, "result.json")
     stopped = os.path.join(settings.out, "state.pt")
     require(not os.path.exists(done), f"{done} is of a run that is done; choose another --out")
-    require(
-        settings.resume or not os.path.exists(stopped),
-        f"{stopped} is of a run that is not done: add --resume, or choose another --out",
-    )
+    if settings.resume:
+        require(os.path.exists(stopped), f"{stopped} is not there: nothing to --resume")
+    else:
+        hint = "add --resume, or choose another --out"
+        require(not os.path.exists(stopped), f"{stopped} is of a run that is not done: {hint}")
     join_processes(settings.device)
     if rank() == 0:
         if missing_toy:
