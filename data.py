@@ -783,7 +783,7 @@ def faults_of(task, dataset, i):
     sound = read_wav(wav)
     # Seconds that the sound should have; n frames of MUSIC-AVQA are a rounded n seconds.
     length = {"ave": 10, "avs": 5, "avqa": len(paths) - 1.5, "ucf101": 0}[task]
-    faults = []
+    faults = []  # (kind, what is wrong)
     if len(sound) < length * SAMPLE_RATE:
         faults.append(("short", wav))
     if not (sound.abs() > 1e-4).any():
@@ -913,7 +913,8 @@ TOY_CLIPS = {
 NOISE = 0.004  # of every toy sound; full scale is 1
 
 
-# Shapes: the signed distance from an outline about 1 in radius, negative inside.
+# Shapes: the signed distance from an outline about 1 in radius, negative inside. A distance, and
+# not a yes or no, because draw makes a soft edge of it.
 
 
 def circle(x, y):
@@ -921,6 +922,7 @@ def circle(x, y):
 
 
 def triangle(x, y):
+    """With its base below: y grows downwards."""
     return np.maximum(y - 0.7, 0.87 * abs(x) - 0.5 * y - 0.45)
 
 
@@ -929,23 +931,28 @@ def square(x, y):
 
 
 def ring(x, y):
+    """Twice as wide as its hole."""
     return abs(np.hypot(x, y) - 0.75) - 0.25
 
 
 def cross(x, y):
+    """An upright and a level bar."""
     upright = np.maximum(abs(x) - 0.3, abs(y) - 1)
     level = np.maximum(abs(y) - 0.3, abs(x) - 1)
     return np.minimum(upright, level)
 
 
 def diamond(x, y):
+    """A square on its corner."""
     return abs(x) + abs(y) - 1.05
 
 
-# Timbres: sound at the times t, in seconds. The pitch is a factor on all frequencies.
+# Timbres: sound at the times t (N,), in seconds. The pitch is a factor on all frequencies. They
+# look different in a spectrogram: lines, dots, bursts, slopes, noise.
 
 
 def tone(hertz, t):
+    """A sine."""
     return np.sin(2 * np.pi * hertz * t)
 
 
@@ -955,30 +962,36 @@ def since_stroke(rate, t):
 
 
 def bell(t, pitch, rng):
+    """Three partials that do not harmonise, struck twice a second and fading."""
     partials = [tone(hertz * pitch, t) for hertz in (520, 1435, 2808)]
     return sum(partials) * np.exp(-5 * since_stroke(2, t))
 
 
 def flute(t, pitch, rng):
+    """One tone with vibrato."""
     vibrato = 3 * tone(5, t)
     return np.sin(2 * np.pi * 880 * pitch * t + vibrato)
 
 
 def drum(t, pitch, rng):
+    """A low tone, struck four times a second and fading fast."""
     return tone(90 * pitch, t) * np.exp(-12 * since_stroke(4, t))
 
 
 def horn(t, pitch, rng):
-    return 2 * (220 * pitch * t % 1) - 1  # a sawtooth: all harmonics
+    """A sawtooth: all harmonics."""
+    return 2 * (220 * pitch * t % 1) - 1
 
 
 def bird(t, pitch, rng):
+    """Chirps that rise, five a second."""
     stroke = since_stroke(5, t)
     chirp = tone((2000 + 4000 * stroke) * pitch, stroke)  # the frequency rises
     return np.where(stroke < 0.12, chirp, 0)
 
 
 def rattle(t, pitch, rng):
+    """Bursts of noise, eight a second."""
     noise = rng.standard_normal(len(t) + 1)
     hiss = np.diff(noise)
     return hiss * np.exp(-25 * since_stroke(8, t))
@@ -996,6 +1009,8 @@ SHAPES = [circle, triangle, square, ring, cross, diamond]
 
 
 class Instrument(NamedTuple):
+    """What one looks and sounds like."""
+
     shape: object
     colour: str
     timbre: object
@@ -1014,8 +1029,8 @@ INSTRUMENTS = {
 def play(name, seconds, rng):
     """An instrument for some seconds, of random pitch and unit power: (seconds * 16000,)."""
     t = np.arange(seconds * SAMPLE_RATE, dtype=np.float32) / SAMPLE_RATE
-    pitch = np.float32(2 ** rng.uniform(-0.3, 0.3))
-    start = np.float32(rng.uniform(0, 1))
+    pitch = np.float32(2 ** rng.uniform(-0.3, 0.3))  # a third of an octave up or down
+    start = np.float32(rng.uniform(0, 1))  # seconds into the pattern of strokes
     sound = INSTRUMENTS[name].timbre(t + start, pitch, rng)
     return sound / np.sqrt(np.mean(sound**2))
 
@@ -1025,7 +1040,7 @@ NAMES = list(INSTRUMENTS)
 
 def record(name, seconds, amplitudes, rng):
     """Noise and, unless the name is None, an instrument in it: (seconds * 16000,)."""
-    length = seconds * SAMPLE_RATE
+    length = seconds * SAMPLE_RATE  # in samples
     sound = NOISE * rng.standard_normal(length, dtype=np.float32)
     if name:
         amplitude = rng.uniform(*amplitudes)
@@ -1044,24 +1059,28 @@ class Thing(NamedTuple):
 
 
 def to_image(values):
+    """Numbers (3, size, size), 0 to 255 and beyond -> uint8."""
     pixels = np.clip(values, 0, 255).astype(np.uint8)
     return torch.from_numpy(pixels)
 
 
 def draw(things, size, rng):
-    """A noisy scene: (3, size, size) uint8, and per thing a mask (size, size) bool."""
+    """A noisy scene: (3, size, size) uint8, and per thing a mask (size, size) bool.
+
+    The background slopes in brightness and every pixel is noisy, so that no single pixel tells what
+    is there. Things must not overlap: each has the whole of its outline as its mask."""
     pixel = np.arange(size, dtype=np.float32)
     grid = (pixel + 0.5) / size
-    x = grid[None, :]
-    y = grid[:, None]
+    x = grid[None, :]  # (1,size)
+    y = grid[:, None]  # (size,1)
 
-    level = rng.uniform(40, 110, (3, 1, 1))
+    level = rng.uniform(40, 110, (3, 1, 1))  # of the background, in each colour
     slope_x = rng.uniform(-40, 40, (3, 1, 1))
     slope_y = rng.uniform(-40, 40, (3, 1, 1))
     image = level + slope_x * (x - 0.5)
     image = image + slope_y * (y - 0.5)  # (3, size, size)
 
-    masks = []
+    masks = []  # of each thing
     for thing in things:
         dx = (x - thing.x) / thing.radius
         dy = (y - thing.y) / thing.radius
@@ -1072,7 +1091,7 @@ def draw(things, size, rng):
         image = image + cover * (colour - image)
         masks.append(torch.from_numpy(cover >= 0.5))
 
-    light = rng.uniform(0.8, 1.15)
+    light = rng.uniform(0.8, 1.15)  # over the whole scene
     grain = 14 * rng.standard_normal(image.shape, dtype=np.float32)
     return to_image(image * light + grain), masks
 
@@ -1187,6 +1206,8 @@ def toy_clips(task):
     return progress(clips, f"toy {task}")
 
 
+# Near things are large and loud, far things small and soft: radius in units of the image's side,
+# amplitude as root mean square of full scale.
 RADIUS = {"near": (0.26, 0.32), "far": (0.11, 0.15)}
 AMPLITUDE = {"near": (0.1, 0.14), "far": (0.01, 0.014)}
 MODERATE = (0.02, 0.1)  # amplitudes where loudness does not matter
@@ -1227,8 +1248,8 @@ def toy_ave(root, rng):
     lines = {split: [] for split in TOY_CLIPS["ave"]}
     for split, video in toy_clips("ave"):
         event, other = rng.permutation(NAMES)[:2]
-        length = rng.integers(3, 8)
-        start = rng.integers(0, 11 - length)
+        length = rng.integers(3, 8)  # of the event, in seconds
+        start = rng.integers(0, 11 - length)  # its first second
         images = []
         sounds = []
         for t in range(10):
@@ -1312,7 +1333,7 @@ def toy_avs(root, rng):
     since each pixel of the drum belongs to the mask with a probability of one third."""
     rows = ["name,start,category,split"]
     for split, name in toy_clips("avs"):
-        count = rng.integers(2, 4)
+        count = rng.integers(2, 4)  # of the instruments that are seen
         seen = rng.permutation(NAMES)[:count]
         sounding = rng.integers(count)  # which one is heard
         category = seen[sounding]
@@ -1377,7 +1398,7 @@ def toy_avqa(root, rng):
         if fits:
             heard = seen[-1]
 
-        seconds = rng.integers(3, 7)
+        seconds = rng.integers(3, 7)  # of the video
         radii = rng.uniform(0.15, 0.22, count)
         scenes = circling(seen, radii, seconds, rng)
         images = film(scenes, rng)

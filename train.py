@@ -121,6 +121,7 @@ class Settings:
 
 # The supplementary's settings, on Swin-V2-L at 192 px. It states no epochs; those of the three
 # tasks and their patience are the release's.
+# AVE: ten seconds a clip, two latents; more of them did not help the paper (Figure 1).
 PAPER_AVE = Settings(
     "ave",
     latents=2,
@@ -131,6 +132,7 @@ PAPER_AVE = Settings(
     epochs=50,  # AVE/README.md:30
     patience=5,
 )
+# AVS: five seconds a clip and a decoder of 19M, which learns as fast as the adapters.
 PAPER_AVS = Settings(
     "avs",
     batch_size=4,
@@ -138,6 +140,7 @@ PAPER_AVS = Settings(
     head_lr=1e-4,
     epochs=30,  # AVS/README.md:14; its early stop never fires, avs_s4/train.py:281
 )
+# AVQA: ten moments of a minute, so that one clip fills a GPU.
 PAPER_AVQA = Settings(
     "avqa",
     batch_size=1,
@@ -147,6 +150,7 @@ PAPER_AVQA = Settings(
     epochs=30,  # AVQA/README.md:14
     patience=5,
 )
+# UCF101, the supplementary's Table 2, by VideoMAE.
 PAPER_UCF101 = Settings(
     "ucf101",
     backbone="videomae",
@@ -159,7 +163,8 @@ PAPER_UCF101 = Settings(
 )
 PAPER = {"ave": PAPER_AVE, "avs": PAPER_AVS, "avqa": PAPER_AVQA, "ucf101": PAPER_UCF101}
 
-# The same adapters on a toy backbone. A net this small wants larger steps.
+# The same adapters on a toy backbone. A net this small wants larger steps, and rates that fall: the
+# gates start at zero and have to open within the first epochs, and the rest has to settle.
 NANO = {"backbone": "nano", "weights": "toy", "workers": 0, "cache": True, "batch_size": 8}
 TOY_AVE = dataclasses.replace(
     PAPER_AVE,
@@ -219,7 +224,7 @@ def train_ave(settings):
 
     while not is_over(settings, log):
         start = start_epoch(settings, log, model, optimizer, loaders["train"])
-        losses = []
+        losses = []  # of each step
         for frames, spectrograms, labels, *extra in progress(loaders["train"], epoch_name(log)):
             with autocast(settings):
                 logits = forward(*on_device(settings, frames, spectrograms, *extra))  # (B,10,29)
@@ -253,8 +258,8 @@ def evaluate_ave(settings, facts, model, loader):
     found = torch.tensor(gather(found))  # (clips,10)
     true = torch.tensor(gather(true))  # (clips,10)
 
-    right = found == true
-    background = len(facts["classes"])
+    right = found == true  # (clips,10)
+    background = len(facts["classes"])  # the number of its label
     names = [*facts["classes"], "background"]
     confusions = Counter(zip(true[~right].tolist(), found[~right].tolist()))
     scores = {"accuracy": right.float().mean().item()}
@@ -266,6 +271,7 @@ def evaluate_ave(settings, facts, model, loader):
 
 
 # ---------------------------------------------------------------- AVS
+# Other than in AVE: the loss sees one frame of five, and the scores are of masks.
 
 
 def train_avs(settings):
@@ -278,7 +284,7 @@ def train_avs(settings):
 
     while not is_over(settings, log):
         start = start_epoch(settings, log, model, optimizer, loaders["train"])
-        losses = []
+        losses = []  # of each step
         for frames, spectrograms, masks in progress(loaders["train"], epoch_name(log)):
             # S4 has a mask of the first frame only (AVS/avs_scripts/avs_s4/loss.py:17-24). Without
             # TPAVI the seconds meet in the adapters' batch statistics alone, so that a toy can do
@@ -312,7 +318,7 @@ def evaluate_avs(settings, facts, model, loader):
         masks = masks.flatten(0, 1)  # (n,M,M)
         ious.extend(mask_iou(logits, masks).tolist())
         f_scores.extend(f_score(logits, masks).tolist())
-    ious = gather(ious)
+    ious = gather(ious)  # (frames,)
     f_scores = torch.tensor(gather(f_scores))  # (frames,255)
     # The best threshold of the split. AVSBench takes the best of each batch and averages those
     # (avs_s4/utils/utility.py:105-118): its score rises as batches get smaller.
@@ -346,6 +352,7 @@ def f_score(logits, masks, beta2=0.3):
 
 
 # ---------------------------------------------------------------- AVQA
+# Other than in AVE: a second loss on negatives, and a table by type of question.
 
 
 def train_avqa(settings):
@@ -360,7 +367,7 @@ def train_avqa(settings):
 
     while not is_over(settings, log):
         start = start_epoch(settings, log, model, optimizer, loaders["train"])
-        losses = []
+        losses = []  # of each step
         for batch in progress(loaders["train"], epoch_name(log)):
             # One stream alone has no negatives: a match takes two.
             frames, spectrograms, question, answer, *negatives = on_device(settings, *batch)
@@ -395,8 +402,8 @@ def evaluate_avqa(settings, facts, model, loader):
         right.extend((logits.argmax(-1) == answer).tolist())
     right = gather(right)
 
-    by_type = defaultdict(list)
-    guessed = []
+    by_type = defaultdict(list)  # {type of question: is each one right?}
+    guessed = []  # would the commonest answer be right?
     for is_right, question in zip(right, source(loader).questions):
         modality, kind = question["type"]
         by_type[f"{modality} {kind}"].append(is_right)
@@ -422,6 +429,7 @@ def commonest_answers(questions):
 
 
 # ---------------------------------------------------------------- UCF101
+# Other than in AVE: one label for a clip, and clips without sound.
 
 
 def train_ucf101(settings):
@@ -433,7 +441,7 @@ def train_ucf101(settings):
 
     while not is_over(settings, log):
         start = start_epoch(settings, log, model, optimizer, loaders["train"])
-        losses = []
+        losses = []  # of each step
         for batch in progress(loaders["train"], epoch_name(log)):
             frames, spectrograms, label, _ = on_device(settings, *batch)
             with autocast(settings):
@@ -469,6 +477,7 @@ def evaluate_ucf101(settings, facts, model, loader):
 
 
 # ---------------------------------------------------------------- what the tasks share
+# Evaluation differs in its scores alone.
 
 
 @torch.no_grad()
@@ -489,8 +498,8 @@ def outputs(settings, model, loader):
 
 
 def inputs_of(settings, batch):
-    """Of a batch or an item, what the net reads: frames, spectrograms, and the question or more
-    features."""
+    """Of a batch or an item, what the net reads: frames (B,T,3,S,S), spectrograms (B,T,S,S), and
+    AVQA's question (B,W) or AVE's further features (B,T,128). The rest is what it should say."""
     if settings.task == "avqa":
         return batch[:3]
     if settings.extra_audio:
@@ -498,6 +507,7 @@ def inputs_of(settings, batch):
     return batch[:2]
 
 
+# By the name on the command line.
 TRAIN = {"ave": train_ave, "avs": train_avs, "avqa": train_avqa, "ucf101": train_ucf101}
 EVALUATE = {
     "ave": evaluate_ave,
@@ -748,9 +758,9 @@ def join_processes(device):
     if "RANK" not in os.environ:
         return
     on_gpu = device != "cpu"
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo")  # between GPUs; between CPUs
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one GPU for each
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (one process talks)
 
@@ -790,7 +800,7 @@ def gather(items):
         return items
     parts = [None] * processes()  # a list of each process
     dist.all_gather_object(parts, items)
-    total = sum(map(len, parts))
+    total = sum(map(len, parts))  # items of all processes
     return [parts[i % processes()][i // processes()] for i in range(total)]
 
 
@@ -838,7 +848,7 @@ def best_epoch(log):
 
     Of equal ones it is the first; released AVE and AVQA keep the last (AVE/main_trans.py:231,
     AVQA/net_grd_avst/main_avst.py:300)."""
-    scores = [entry["val"] for entry in log]
+    scores = [entry["val"] for entry in log]  # of each epoch
     return scores.index(max(scores)) + 1 if scores else 0
 
 
@@ -848,7 +858,7 @@ def start_epoch(settings, log, model, optimizer, loader):
     The order of the clips, the noise of dropout and the learning rates follow from the seed and the
     epoch's number, so that a run which was stopped goes on bit for bit. Each process of torchrun
     has noise of its own."""
-    epoch = len(log)
+    epoch = len(log)  # counted from 0
     torch.manual_seed((settings.seed * 1000 + epoch) * 1000 + rank())  # of dropout
     loader.sampler.set_epoch(epoch)
     loader.dataset.epoch = epoch  # of the negatives
@@ -892,8 +902,8 @@ def end_epoch(settings, facts, model, optimizer, log, losses, scores, start):
     The best is chosen on val, so that test is seen once. The release chooses on test
     (AVE/main_trans.py:167, AVS avs_s4/train.py:203)."""
     score = scores[METRIC[settings.task]]
-    loss = float(np.mean(losses))
-    seconds = time.time() - start
+    loss = float(np.mean(losses))  # over the steps of the epoch
+    seconds = time.time() - start  # with scoring on val
     log.append({"loss": loss, "val": score, "seconds": seconds})
     is_best = best_epoch(log) == len(log)
     print(
@@ -910,12 +920,13 @@ def end_epoch(settings, facts, model, optimizer, log, losses, scores, start):
     }
     if is_best:
         data.save_tensors(run, os.path.join(settings.out, "adapters.pt"))
-    run["log"] = log
+    run["log"] = log  # for --resume, with what follows
     run["optimizer"] = optimizer.state_dict()
     data.save_tensors(run, os.path.join(settings.out, "state.pt"))
     data.write_lines(map(json.dumps, log), os.path.join(settings.out, "log.jsonl"))
 
 
+# The score that chooses the epoch and stands for the run.
 METRIC = {"ave": "accuracy", "avs": "mean IoU", "avqa": "accuracy", "ucf101": "accuracy"}
 
 
@@ -928,7 +939,7 @@ def finish(settings, facts, model, log, loader):
     scores = EVALUATE[settings.task](settings, facts, model, loader)
     if rank() > 0:
         return
-    trained, total = lavish.count_parameters(model)
+    trained, total = lavish.count_parameters(model)  # numbers of parameters
     seconds = sum(entry["seconds"] for entry in log)
     result = {
         "test": scores[METRIC[settings.task]],
@@ -946,7 +957,7 @@ def finish(settings, facts, model, log, loader):
     print_scores(scores)
     print(f"{'trainable of all parameters':45} {trained:,} of {total:,}")
     print(f"{'seconds, of all epochs':45} {seconds:.0f}")
-    item = source(loader)[0]
+    item = source(loader)[0]  # the first test clip
     truth = item[3 if settings.task == "avqa" else 2]
     picture = os.path.join(settings.out, "test.png")
     draw(settings, facts, model, inputs_of(settings, item), truth, picture)
@@ -1006,7 +1017,11 @@ def evaluate(folder, given):
 
 @torch.no_grad()
 def predict(folder, videos, given):
-    """A trained run on videos as they come: prints what it finds, draws what can be seen."""
+    """A trained run on videos as they come: print what it finds, draw what it sees.
+
+    folder: of the run; videos: files that ffmpeg reads; given: options, among them --out, the
+    folder of the pictures, and --question. A film is cut into clips as long as those that the net
+    was trained on, because it knows no others and because memory is finite."""
     pictures = given.pop("out", ".")
     settings, facts, model = open_run(folder, given)
     possible = settings.task != "ucf101" and not settings.extra_audio
@@ -1073,7 +1088,7 @@ def print_found(settings, facts, logits, start):
     if settings.task == "avs":
         return
     names = labels_of(settings, facts)
-    p = logits.softmax(-1)
+    p = logits.softmax(-1)  # (T,classes) or (answers,)
     if settings.task == "avqa":
         for share, k in zip(*p.topk(min(3, len(names)))):
             print(f"  {names[k]:40} {share:.2f}")
@@ -1089,7 +1104,7 @@ def draw(settings, facts, model, clip, truth, path):
 
     clip: inputs of the net without a batch; truth: labels, masks or None; path: of the PNG."""
     frames, spectrograms, *_ = clip
-    columns = len(spectrograms)
+    columns = len(spectrograms)  # seconds, T
     frames = frames[:: len(frames) // columns]  # UCF101 has two frames for a spectrogram
     mean = torch.tensor(data.IMAGENET_MEAN)[:, None, None]
     std = torch.tensor(data.IMAGENET_STD)[:, None, None]
@@ -1097,7 +1112,7 @@ def draw(settings, facts, model, clip, truth, path):
     # As people draw spectrograms: time runs right and pitch up.
     heard = (0.4 + spectrograms / 3).clamp(0, 1).transpose(1, 2).flip(1)  # (T,S,S)
     heat, logits = look(settings, model, clip)
-    rows = [seen]
+    rows = [seen]  # of tiles (T,3,S,S)
     if heat is not None:
         rows.append(seen * (0.2 + 0.8 * F.interpolate(heat, seen.shape[-2:])))
     rows.append(heard[:, None].expand_as(seen))
@@ -1112,7 +1127,7 @@ def draw(settings, facts, model, clip, truth, path):
         if truth is not None:
             texts = [f"{x}\ntrue: {names[k]}" for x, k in zip(texts, truth.view(-1))]
         rows.append(captions(texts, columns))
-    tiles = [F.interpolate(row, (TILE, TILE)) for row in rows]
+    tiles = [F.interpolate(row, (TILE, TILE)) for row in rows]  # (T,3,112,112) each
     grid = torchvision.utils.make_grid(torch.cat(tiles), columns, 4, pad_value=1)
     png = torchvision.io.encode_png((grid * 255).byte())
     data.write_atomic(path, png.numpy().tobytes())
@@ -1141,7 +1156,7 @@ def look(settings, model, clip):
     ones have many small patches, later ones few large ones. None without latents, and for
     VideoMAE, whose tokens are tubelets."""
     net = model.net
-    heats = []
+    heats = []  # of the one pass that is looked at
 
     def keep(adapter, inputs):
         attention = (adapter.latents @ inputs[1].transpose(1, 2)).softmax(-1)  # (T,m,N)
@@ -1167,7 +1182,7 @@ def look(settings, model, clip):
 def report(runs):
     """Print mean and spread of runs that differ in seed, paths and device alone: a line for each
     group, with the number of runs, trainable parameters, GFLOP of a clip and mean seconds."""
-    groups = defaultdict(list)
+    groups = defaultdict(list)  # {all that must be equal: results}
     for run in runs:
         path = os.path.join(run, "result.json")
         try:
@@ -1191,7 +1206,10 @@ def report(runs):
 
 
 def bench(settings):
-    """Print clips a second, memory and GFLOP of a task's net, on random clips."""
+    """Print clips a second, memory and GFLOP of a task's net, on random clips.
+
+    A training step is the forward pass, the backward pass and Adam; the loss is any number that
+    depends on all outputs. An evaluation is the forward pass alone, without gradients."""
     # The sizes of the real data sets.
     vocabulary = {"words": range(93), "answers": range(42)}
     facts = {"classes": range(28), "mask_size": 224, "vocabulary": vocabulary}
@@ -1294,7 +1312,7 @@ def parse(arguments):
         option = "--" + field.name.replace("_", "-")
         meaning = field.metadata["help"]
         parser.add_argument(option, default=argparse.SUPPRESS, help=meaning, **kind)
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(arguments))  # only what was typed, by SUPPRESS
     return given.pop("command"), given.pop("paths"), given
 
 
@@ -1346,7 +1364,7 @@ def train(task, given):
     os.makedirs(settings.out, exist_ok=True)
     lock_folder(settings.out)
     done = os.path.join(settings.out, "result.json")
-    stopped = os.path.join(settings.out, "state.pt")
+    stopped = os.path.join(settings.out, "state.pt")  # removed when a run is done
     require(not os.path.exists(done), f"{done} is of a run that is done; choose another --out")
     if settings.resume:
         require(os.path.exists(stopped), f"{stopped} is not there: nothing to --resume")
@@ -1397,7 +1415,8 @@ def run_command(command, paths, given):
 
 
 def main(arguments=None):
-    """Run one command; what the user can mend ends in one line and exit code 2."""
+    """Run one command. Exit codes: 0, 2 for what the user can mend (in one line on stderr), 130
+    after Ctrl-C."""
     command, paths, given = parse(arguments)
     try:
         run_command(command, paths, given)
