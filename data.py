@@ -1354,9 +1354,9 @@ def toy_avs(root, rng):
 NUMBERS = ["zero", "one", "two"]
 
 
-def questions(video, seen, heard, fits):
-    """The questions about a video; the last one seen is the one heard, if that fits."""
-    colours = [INSTRUMENTS[name].colour for name in seen]
+def questions(video, seen, heard, asked):
+    """The questions about a video; `asked` is the instrument whose colour one of them names."""
+    fits = heard in seen
     rows = []
 
     def ask(modality, kind, content, answer, *values):
@@ -1369,10 +1369,11 @@ def questions(video, seen, heard, fits):
     ask("Audio", "Instrument", "Which instrument is sounding?", heard)
     sounding = "one" if fits else "zero"
     ask("Audio-Visual", "Counting", "How many instruments in the video are sounding?", sounding)
+    existential = "Is the <Colour> one sounding?"
     answer = "yes" if fits else "no"
-    ask("Audio-Visual", "Existential", "Is the <Colour> one sounding?", answer, colours[-1])
+    ask("Audio-Visual", "Existential", existential, answer, INSTRUMENTS[asked].colour)
     if fits and len(seen) == 2:
-        ask("Audio-Visual", "Existential", "Is the <Colour> one sounding?", "no", colours[0])
+        ask("Audio-Visual", "Existential", existential, "no", INSTRUMENTS[seen[0]].colour)
     return rows
 
 
@@ -1386,17 +1387,18 @@ def toy_avqa(root, rng):
         Visual         How many instruments are in the video?             two
         Audio          Which instrument is sounding?                      horn
         Audio-Visual   How many instruments in the video are sounding?    zero
-        Audio-Visual   Is the blue one sounding?                          no
+        Audio-Visual   Is the blue one sounding? (or: the yellow one)     no
 
-    Were the drum heard, the last two answers would be "one" and "yes". No question asks what comes
-    first or stands left: the published head averages over seconds and places."""
+    Were the drum heard, the last two answers would be "one" and "yes". The ear alone knows that no
+    drum sounds, but not that no horn is there; the eye alone knows the reverse. No question asks
+    what comes first or stands left: the published head averages over seconds and places."""
     rows = {split: [] for split in TOY_CLIPS["avqa"]}
     for split, video in toy_clips("avqa"):
         count = rng.integers(1, 3)
         *seen, heard = rng.permutation(NAMES)[: count + 1]
-        fits = rng.uniform() < 0.5
-        if fits:
+        if rng.uniform() < 0.5:
             heard = seen[-1]
+        asked = rng.choice([seen[-1], heard])
 
         seconds = rng.integers(3, 7)  # of the video
         radii = rng.uniform(0.15, 0.22, count)
@@ -1404,7 +1406,7 @@ def toy_avqa(root, rng):
         images = film(scenes, rng)
         sound = record(heard, seconds, MODERATE, rng)
         write_video(root, video, images, sound)
-        rows[split] += questions(video, seen, heard, fits)
+        rows[split] += questions(video, seen, heard, asked)
 
     for split in rows:
         for number, row in enumerate(rows[split]):
