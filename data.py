@@ -819,7 +819,7 @@ def check(task, root, size):
                 code = 1
 
     if code == 0:
-        print(f"All can be read. Next: python train.py {task} --data {root}")
+        print(f"What the items use can be read. Next: python train.py {task} --data {root}")
     else:
         print("Training would fail: mend what is missing or corrupt.")
     return code
@@ -1285,7 +1285,7 @@ def toy_ave(root, rng):
 def circling(names, radii, steps, rng):
     """One scene per step, in which instruments circle around the middle of the image.
 
-    They stand evenly on a circle, so that none overlaps another or leaves the image."""
+    They stand evenly on a circle, so that they hardly overlap and hardly leave the image."""
     start = rng.uniform(0, 2 * np.pi)
     speed = rng.uniform(-0.5, 0.5)  # radians per step
     scenes = []
@@ -1482,6 +1482,8 @@ def parse():
 
 def run(args):
     """One command. Returns its exit code."""
+    for name, least in (("jobs", 1), ("size", 16), ("seed", 0)):
+        require(getattr(args, name, least) >= least, f"--{name} must be at least {least}")
     if args.command == "extract":
         return extract(args.videos, args.root, args.jobs)
     if args.command == "check":
@@ -1503,7 +1505,7 @@ def main():
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("data.py: stopped; the same command goes on from there", file=sys.stderr)
+        print("data.py: stopped; run the same command again", file=sys.stderr)
         sys.exit(130)
 
 

@@ -403,7 +403,7 @@ class AVS(nn.Module):
         if self.tpavi is not None:
             sound = self.audio(audio[-1].mean(1))  # (BT,128)
             sound = sound.unflatten(0, (B, T))
-        # Frames meet in TPAVI alone, so that those without a loss need no further decoding.
+        # Only TPAVI mixes frames, and it comes first in decode; then those without a loss can go.
         logits = self.decode(maps, sound, T if first_only else 1)  # (BT,1,mask,mask)
         logits = logits.unflatten(0, (B, -1))  # (B,T,1,mask,mask)
         return logits.squeeze(2).float()
@@ -599,6 +599,7 @@ class TemporalGrounding(nn.Module):
 #     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
 #     branches(block): the functions f in x <- x + f(x), here attention and MLP
 #     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
+#     class_token: only if token 0 stands for the whole image (see pooled)
 #     names(state dict): (pattern, replacement) that turn other publishers' names into ours
 
 

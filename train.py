@@ -6,7 +6,7 @@
     python train.py eval runs/ave --split test       score a trained run
     python train.py predict runs/ave VIDEO.mp4       a trained run on videos
     python train.py report runs/*                    mean and spread of runs
-    python train.py bench ave --latents 1 2 4        cost, on random data
+    python train.py bench ave --latents 2            cost, on random data
 
 The tasks are ave, avs, avqa, ucf101. `python train.py TASK --help` lists the settings; those not
 given come from the task's recipe: the toy's for toy data, the paper's for any other.
@@ -15,6 +15,7 @@ A run leaves in --out
     adapters.pt   what was trained, of the epoch that is best on val
     log.jsonl     loss, val score and seconds of each epoch
     result.json   test score, settings, versions; when it is there, the run is done
+    test.png      the first test clip, as the trained net sees it
     state.pt      for --resume, until the run is done
 
 Read the settings and train_ave first; the other three loops differ where their tasks do.
@@ -56,7 +57,8 @@ from lavish import InputError, require
 
 # ---------------------------------------------------------------- settings and recipes
 # One dataclass holds all settings. A recipe is an instance of it: the paper's for real data, the
-# toy's for toys. The command line replaces single fields, and nothing else ever changes one.
+# toy's for toys. The command line replaces single fields; settings_of fills in device, precision
+# and image size.
 
 
 def setting(default, meaning, task=None, **argument):
@@ -71,12 +73,13 @@ class Settings:
 
     task: str  # ave, avs, avqa or ucf101
 
-    # Where things are, and on what the run runs. None of it changes a result.
+    # Where things are, and on what the run runs. Of these, seed, device and precision change a
+    # result.
     data: str = setting("", "folder of the data set; the toy's is made if it is not there")
     out: str = setting("", "folder that the run leaves its files in")
     seed: int = setting(0, "start of adapters and head, order of the clips, dropout")
     workers: int = setting(4, "processes that read clips")
-    cache: bool = setting(False, "keep decoded clips in memory")
+    cache: bool = setting(False, "keep decoded clips in memory; with --workers 0")
     device: str = setting("cpu", "cpu or cuda")
     precision: str = setting(
         "fp32", "bf16: autocast, the default on GPUs that have it", choices=("fp32", "bf16")
@@ -119,8 +122,8 @@ class Settings:
     repeat: int = setting(3, "bench: measured steps")
 
 
-# The supplementary's settings, on Swin-V2-L at 192 px. It states no epochs; those of the three
-# tasks and their patience are the release's.
+# The supplementary's settings, on Swin-V2-L at 192 px. It states no epochs; they are the release's,
+# and so is the patience of AVE and AVQA.
 # AVE: ten seconds a clip, two latents; more of them did not help the paper (Figure 1).
 PAPER_AVE = Settings(
     "ave",
@@ -494,6 +497,7 @@ def outputs(settings, model, loader):
             logits = model(*on_device(settings, *inputs_of(settings, batch)))
         if settings.task == "avqa":
             logits, _ = logits  # and no match
+        require(logits.isfinite().all(), "the net's output is not finite; lower --lr and --head-lr")
         yield logits.cpu(), batch
 
 
@@ -526,7 +530,7 @@ def open_loaders(settings, facts):
     loaders = {}
     for split in ("train", "val", "test"):
         dataset = open_split(settings, split, facts)
-        if settings.cache:
+        if settings.cache and settings.workers == 0:  # each epoch's workers forget what they read
             dataset = data.Cached(dataset)
         sampler = range(rank(), len(dataset), processes())
         if split == "train":
@@ -560,8 +564,8 @@ def open_split(settings, split, facts):
     missing = data.missing_files(dataset)
     if missing:
         raise InputError(
-            f"{len(missing)} files are missing, the first is {missing[0]}; "
-            "frames and sounds are made by: python data.py extract VIDEOS ROOT"
+            f"{len(missing)} files are missing, the first is {missing[0]}; the README says how they"
+            " are made (for AVE and MUSIC-AVQA by: python data.py extract VIDEOS ROOT)"
         )
     return dataset
 
@@ -762,7 +766,7 @@ def join_processes(device):
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one GPU for each
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (one process talks)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (only the first process prints)
 
 
 def rank():
@@ -830,10 +834,10 @@ def start_run(settings, facts):
     return model, in_parallel(model), optimizer, log
 
 
-# What a resumed run may change. Of these the first ones tell no two runs of a report apart.
+# What a resumed run may change. report ignores PLACES when it groups runs.
 PLACES = ("data", "out", "workers", "cache", "device", "resume")
 RATES = ("lr", "head_lr", "grounding_lr", "lr_decay", "linear_decay")
-MAY_CHANGE = (*PLACES, *RATES, "weights", "epochs", "patience")
+MAY_CHANGE = (*PLACES, *RATES, "weights", "epochs", "patience", "split", "question", "repeat")
 
 
 def is_over(settings, log):
@@ -864,7 +868,7 @@ def start_epoch(settings, log, model, optimizer, loader):
     loader.dataset.epoch = epoch  # of the negatives
     decay = settings.lr_decay**epoch
     if settings.linear_decay:
-        decay = 1 - (epoch + 0.5) / settings.epochs  # its mean over the epoch
+        decay = 1 - (epoch + 0.5) / settings.epochs  # from 1 to 0, in the middle of this epoch
     for group in optimizer.param_groups:
         group["lr"] = getattr(settings, group["rate"]) * decay
     model.train()
@@ -889,11 +893,9 @@ def epoch_name(log):
 
 def check_finite(logits, log):
     """A net that diverges ends its run here, before it can spoil what is saved."""
-    if not logits.isfinite().all():
-        raise InputError(
-            f"the net's output is not finite in {epoch_name(log)}; "
-            "go on from the epoch before with --resume and a lower --lr and --head-lr"
-        )
+    advice = "go on with --resume and" if log else "start again with"
+    fault = f"the net's output is not finite in {epoch_name(log)}"
+    require(logits.isfinite().all(), f"{fault}; {advice} a lower --lr and --head-lr")
 
 
 def end_epoch(settings, facts, model, optimizer, log, losses, scores, start):
@@ -961,7 +963,7 @@ def finish(settings, facts, model, log, loader):
     truth = item[3 if settings.task == "avqa" else 2]
     picture = os.path.join(settings.out, "test.png")
     draw(settings, facts, model, inputs_of(settings, item), truth, picture)
-    print(f"{settings.out} holds adapters.pt, log.jsonl, result.json")
+    print(f"{settings.out} holds adapters.pt, log.jsonl, result.json, test.png")
     print(f"Next: python train.py eval {shlex.quote(settings.out)}")
 
 
@@ -988,7 +990,7 @@ def load_run(folder, name):
             value = getattr(settings, field.name)
             require(type(value) is field.type, f"{field.name} is {value!r}")
         require({"facts", "trained"} <= set(run), "there is nothing trained in it")
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path} is of no run of this program: {error}") from None
     return run
 
@@ -1001,6 +1003,7 @@ def open_run(folder, given):
     settings = Settings(**run["settings"])
     given = {"device": default_device(), **given, "out": folder}
     settings = dataclasses.replace(settings, **given)
+    check_values(settings)
     model = build(settings, run["facts"])
     lavish.load_trained_state_dict(model, run["trained"])
     return settings, run["facts"], model.eval()
@@ -1024,6 +1027,7 @@ def predict(folder, videos, given):
     was trained on, because it knows no others and because memory is finite."""
     pictures = given.pop("out", ".")
     settings, facts, model = open_run(folder, given)
+    require(videos, "predict wants the folder of a run, then videos")
     possible = settings.task != "ucf101" and not settings.extra_audio
     require(possible, "predict is for ave (without --extra-audio), avs and avqa")
     is_avqa = settings.task == "avqa"
@@ -1187,6 +1191,7 @@ def report(runs):
     groups = defaultdict(list)  # {all that must be equal: results}
     for run in runs:
         path = os.path.join(run, "result.json")
+        require(os.path.exists(path), f"no {path}: that run is not done; leave it out")
         try:
             result = json.loads("\n".join(data.read_lines(path)))
             settings = {**result["settings"], "seed": 0, **dict.fromkeys(PLACES)}
@@ -1220,13 +1225,15 @@ def bench(settings):
     clips = random_clips(settings)
     # AVS decodes the first frame alone, AVQA wants negatives.
     more = {"avs": [True], "avqa": [clips[0]]}.get(settings.task, [])
+    if settings.task == "avqa" and settings.modality != "av":
+        more = []  # a match takes two streams
     model.train()
     times = [clock(settings)]
     for _ in range(settings.repeat + 1):
         with autocast(settings):
             logits = model(*clips, *more)
         logits = logits if isinstance(logits, tuple) else [logits]
-        loss = sum(x.square().mean() for x in logits)
+        loss = sum(x.square().mean() for x in logits if x is not None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1314,7 +1321,7 @@ def parse(arguments):
         option = "--" + field.name.replace("_", "-")
         meaning = field.metadata["help"]
         parser.add_argument(option, default=argparse.SUPPRESS, help=meaning, **kind)
-    given = vars(parser.parse_args(arguments))  # only what was typed, by SUPPRESS
+    given = vars(parser.parse_intermixed_args(arguments))  # only what was typed, by SUPPRESS
     return given.pop("command"), given.pop("paths"), given
 
 
@@ -1328,8 +1335,8 @@ def settings_of(task, given, recipes):
 
     Raises InputError for what cannot work, before any data are made or read."""
     settings = dataclasses.replace(recipes[task], **{"device": default_device(), **given})
+    check_values(settings)
     on_gpu = "cuda" in settings.device
-    require(not on_gpu or torch.cuda.is_available(), "--device cuda: torch sees no GPU here")
     # bf16 only where the GPU computes in it.
     if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
         settings.precision = given.get("precision", "bf16")
@@ -1342,8 +1349,8 @@ def settings_of(task, given, recipes):
         not (one_stream and both),
         "--drop-path, --checkpoint-activations and --tpavi want both streams: --modality av",
     )
-    is_clip = task == "ucf101" or "videomae" not in settings.backbone
-    require(is_clip, "VideoMAE reads clips of 16 frames: it is for ucf101")
+    fits = task == "ucf101" or "videomae" not in settings.backbone
+    require(fits, "VideoMAE reads clips of 16 frames: it is for ucf101")
     with torch.device("meta"):  # what does not exist or fit ends here, before any data are made
         net = build_net(settings, lavish.make_backbone(settings.backbone, settings.image_size))
         if task == "avs":
@@ -1351,6 +1358,20 @@ def settings_of(task, given, recipes):
             lavish.AVS(net)
     settings.image_size = net.backbone.image_size
     return settings
+
+
+def check_values(settings):
+    """InputError for numbers and devices that cannot work."""
+    least = dict.fromkeys(("batch_size", "reduction", "groups", "epochs", "moments", "repeat"), 1)
+    least.update(dict.fromkeys(("workers", "latents", "seed", "patience", "image_size"), 0))
+    for name, low in least.items():
+        option = f"--{name.replace('_', '-')}"
+        require(getattr(settings, name) >= low, f"{option} must be at least {low}")
+    require(0 <= settings.drop_path <= 1, "--drop-path must be from 0 to 1")
+    require(settings.hidden % 4 == 0, "--hidden must be a multiple of 4, the attention heads")
+    kind = settings.device.split(":")[0]
+    require(kind in ("cpu", "cuda"), "--device must be cpu or cuda")
+    require(kind == "cpu" or torch.cuda.is_available(), "--device cuda: torch sees no GPU here")
 
 
 def train(task, given):
@@ -1399,6 +1420,7 @@ def run_command(command, paths, given):
     """Training, or one of the commands beside it. Under torchrun those run once, in the first
     process."""
     if command in TRAIN:
+        require(not paths, f"{command} takes no {paths}; options begin with --")
         train(command, given)
         return
     if int(os.environ.get("RANK", 0)) > 0:
