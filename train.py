@@ -824,7 +824,7 @@ def start_run(settings, facts):
     if settings.resume:
         saved = load_run(settings.out, "state.pt")
         for name, value in dataclasses.asdict(settings).items():
-            theirs = saved["settings"][name]
+            theirs = saved["settings"].get(name)
             same = name in MAY_CHANGE or value == theirs
             require(same, f"{settings.out} was started with {name} {theirs}, not {value}")
         require(saved["facts"] == facts, f"{settings.out} was trained on other data or weights")
@@ -1118,6 +1118,7 @@ def draw(settings, facts, model, clip, truth, path):
     heat, logits = look(settings, model, clip)
     rows = [seen]  # of tiles (T,3,S,S)
     if heat is not None:
+        heat = heat[:: len(heat) // columns]
         rows.append(seen * (0.2 + 0.8 * F.interpolate(heat, seen.shape[-2:])))
     rows.append(heard[:, None].expand_as(seen))
     if settings.task == "avs":
@@ -1384,6 +1385,7 @@ def train(task, given):
     missing_toy = given["data"] == toy and not os.path.exists(toy)
     recipes = TOY if missing_toy or data.is_toy(given["data"]) else PAPER
     settings = settings_of(task, given, recipes)
+    weights_path(settings)  # says what is wrong with --weights before any data are made
     os.makedirs(settings.out, exist_ok=True)
     lock_folder(settings.out)
     done = os.path.join(settings.out, "result.json")
@@ -1427,6 +1429,7 @@ def run_command(command, paths, given):
         return  # of these commands one process does all
     require(paths, f"{command} of what? See: python train.py --help")
     if command == "eval":
+        require(len(paths) == 1, "eval takes the folder of one run")
         evaluate(paths[0], given)
     elif command == "predict":
         predict(paths[0], paths[1:], given)
