@@ -1403,6 +1403,9 @@ def train(task, given):
         make_weights(settings)
     wait_for_all()
     TRAIN[task](settings)
+    if dist.is_initialized():
+        wait_for_all()  # a process that leaves early, with the group open, may abort
+        dist.destroy_process_group()
 
 
 def lock_folder(folder):
