@@ -493,12 +493,19 @@ def outputs(settings, model, loader):
         for buffer in model.buffers():  # the statistics of the first process, as in its checkpoint
             dist.broadcast(buffer, 0)
     for batch in progress(loader, "score"):
-        with autocast(settings):
-            logits = model(*on_device(settings, *inputs_of(settings, batch)))
-        if settings.task == "avqa":
-            logits, _ = logits  # and no match
+        logits = logits_of(settings, model, inputs_of(settings, batch))
         require(logits.isfinite().all(), "the net's output is not finite; lower --lr and --head-lr")
-        yield logits.cpu(), batch
+        yield logits, batch
+
+
+@torch.no_grad()
+def logits_of(settings, model, inputs):
+    """What the net says to a batch of inputs, on the CPU. The model is in evaluation mode."""
+    with autocast(settings):
+        logits = model(*on_device(settings, *inputs))
+    if settings.task == "avqa":
+        logits, _ = logits  # and no match
+    return logits.cpu()
 
 
 def inputs_of(settings, batch):
@@ -601,9 +608,10 @@ def build(settings, facts):
     if path is not None:
         lavish.load_pretrained(backbone, data.load_tensors(path))
     # A checkpoint holds adapters alone, which are worth nothing beside other frozen weights.
-    facts.setdefault("backbone", checksum(backbone))
+    found = checksum(backbone)
+    known = facts.setdefault("backbone", found)
     require(
-        facts["backbone"] == checksum(backbone),
+        known == found,
         f"{settings.out} was trained on other weights of {settings.backbone}; name them: --weights",
     )
     net = build_net(settings, backbone)
@@ -962,7 +970,9 @@ def finish(settings, facts, model, log, loader):
     item = source(loader)[0]  # the first test clip
     truth = item[3 if settings.task == "avqa" else 2]
     picture = os.path.join(settings.out, "test.png")
-    draw(settings, facts, model, inputs_of(settings, item), truth, picture)
+    clip = inputs_of(settings, item)
+    heat, logits = look(settings, model, clip)
+    draw(settings, facts, clip, heat, logits, truth, picture)
     print(f"{settings.out} holds adapters.pt, log.jsonl, result.json, test.png")
     print(f"Next: python train.py eval {shlex.quote(settings.out)}")
 
@@ -1018,7 +1028,6 @@ def evaluate(folder, given):
     print(f"Next, beside other runs: python train.py report {shlex.quote(folder)} RUN ...")
 
 
-@torch.no_grad()
 def predict(folder, videos, given):
     """A trained run on videos as they come: print what it finds, draw what it sees.
 
@@ -1044,10 +1053,10 @@ def predict(folder, videos, given):
             if is_avqa:
                 words = settings.question.strip().rstrip("?\uff1f").split(" ")
                 clip.append(data.encode(words, facts["vocabulary"]))
-            logits = answer(settings, model, clip)
+            heat, logits = look(settings, model, clip)
             print_found(settings, facts, logits, start)
-            picture = f"{name}-{settings.task}-{start:04d}.png"
-            draw(settings, facts, model, clip, None, os.path.join(pictures, picture))
+            picture = os.path.join(pictures, f"{name}-{settings.task}-{start:04d}.png")
+            draw(settings, facts, clip, heat, logits, None, picture)
 
 
 def read_video(settings, facts, video):
@@ -1065,18 +1074,6 @@ def read_video(settings, facts, video):
             seconds = seconds[chosen]
         frames = data.read_frames(paths, settings.image_size)
     return frames, data.spectrograms_of(seconds, settings.image_size, facts["stats"])
-
-
-@torch.no_grad()
-def answer(settings, model, clip):
-    """What the net says to one clip: its inputs without a batch -> logits without a batch, on the
-    CPU."""
-    batch = on_device(settings, *(x[None] for x in clip))
-    with autocast(settings):
-        logits = model.eval()(*batch)
-    if settings.task == "avqa":
-        logits, _ = logits
-    return logits[0].cpu()
 
 
 def labels_of(settings, facts):
@@ -1101,12 +1098,13 @@ def print_found(settings, facts, logits, start):
         print(f"{t:4} to {t + 1:2} s  {names[k]:40} {share:.2f}")
 
 
-def draw(settings, facts, model, clip, truth, path):
+def draw(settings, facts, clip, heat, logits, truth, path):
     """Write a picture of a clip as PNG, a column for each second, with these rows: its frames; the
     same, bright where the latents of the audio stream look; its spectrograms; what the net finds
     and, where it is known, the truth, as masks or as text.
 
-    clip: inputs of the net without a batch; truth: labels, masks or None; path: of the PNG."""
+    clip: inputs of the net without a batch; heat, logits: what `look` gives for it; truth: labels,
+    masks or None; path: of the PNG."""
     frames, spectrograms, *_ = clip
     columns = len(spectrograms)  # seconds, T
     frames = frames[:: len(frames) // columns]  # UCF101 has two frames for a spectrogram
@@ -1115,7 +1113,6 @@ def draw(settings, facts, model, clip, truth, path):
     seen = (frames * std + mean).clamp(0, 1)  # (T,3,S,S)
     # As people draw spectrograms: time runs right and pitch up.
     heard = (0.4 + spectrograms / 3).clamp(0, 1).transpose(1, 2).flip(1)  # (T,S,S)
-    heat, logits = look(settings, model, clip)
     rows = [seen]  # of tiles (T,3,S,S)
     if heat is not None:
         heat = heat[:: len(heat) // columns]
@@ -1175,7 +1172,7 @@ def look(settings, model, clip):
         adapter = net.audio_adapters[len(net.audio_adapters) // 2][0]
         if hasattr(adapter, "latents"):
             hook = adapter.register_forward_pre_hook(keep)
-    logits = answer(settings, model, clip)
+    logits = logits_of(settings, model, [x[None] for x in clip])[0]
     if hook is None:
         return None, logits
     hook.remove()
@@ -1196,8 +1193,8 @@ def report(runs):
         try:
             result = json.loads("\n".join(data.read_lines(path)))
             settings = {**result["settings"], "seed": 0, **dict.fromkeys(PLACES)}
-            result["group"] = os.path.basename(os.path.normpath(result["settings"]["data"]))
-            groups[result["group"], json.dumps(settings)].append(result)
+            folder = os.path.basename(os.path.normpath(result["settings"]["data"]))
+            groups[folder, json.dumps(settings)].append(result)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
     print("  test  +- std  n  trainable   GFLOP  seconds  the first of them")
