@@ -285,8 +285,8 @@ class AVEDataset(Dataset):
 
     def seconds(self, i):
         """The ten seconds of sound. A sound that is too short ends in silence."""
-        *_, wav = self.files(i)
-        return seconds_of(read_wav(wav), 10)  # (10, 16000)
+        video, *_ = self.clips[i]
+        return seconds_of(read_wav(wav_path(self.root, video)), 10)  # (10, 16000)
 
     def __getitem__(self, i):
         _, label, start, end = self.clips[i]
