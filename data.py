@@ -174,6 +174,15 @@ def read_lines(path):
     return lines
 
 
+def read_json(path):
+    """What a file of JSON holds."""
+    text = "\n".join(read_lines(path))
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); fetch or make it again") from None
+
+
 def missing_files(dataset):
     """The paths that the items of a dataset need and that do not exist, each once."""
     needed = (path for i in range(len(dataset)) for path in dataset.files(i))
@@ -188,22 +197,14 @@ def missing_files(dataset):
 def read_stats(root):
     """ROOT/fbank.json: {"192": [mean, std]}, by the size of the image. Empty without the file."""
     path = f"{root}/fbank.json"
-    if not exists(path):
-        return {}
+    stats = read_json(path) if exists(path) else {}
     try:
-        stats = json.loads("".join(read_lines(path)))
         for mean, std in stats.values():
-            if not (abs(mean) < 100 and 0 < std < 100):  # NaN fails too
-                raise ValueError
+            require(abs(mean) < 100 and 0 < std < 100, "out of range")  # NaN fails too
     except (ValueError, TypeError, AttributeError):
         wanted = '{"192": [mean, std]}'
         raise InputError(f"{path} is not {wanted}; remove it and run data.py stats") from None
     return stats
-
-
-def known_stats(root, size):
-    """[mean, std] of the spectrograms at this size, or None if they were not measured."""
-    return read_stats(root).get(str(size))
 
 
 def find_stats(root, task, size):
@@ -212,15 +213,13 @@ def find_stats(root, task, size):
     AVE's released statistics hold for AVE at 192 pixels (AVE/dataloader.py:84-85). Elsewhere they
     are a stand-in: spectrograms then have neither zero mean nor the same spread.
     """
-    stats = known_stats(root, size)
-    if stats is not None:
-        return stats
-    if (task, size) != ("ave", 192):
+    stats = read_stats(root).get(str(size))
+    if stats is None and (task, size) != ("ave", 192):
         print(
             f"{root}: no statistics for spectrograms of size {size}, so AVE's of size 192 are used;"
             f" to measure its own: python data.py stats {task} {root} --size {size}"
         )
-    return [AVE_MEAN, AVE_STD]
+    return stats or [AVE_MEAN, AVE_STD]
 
 
 # ---------------------------------------------------------------- AVE
@@ -438,6 +437,7 @@ class MusicAVQADataset(Dataset):
             require(answer in vocabulary["answers"], f"{where}no training answer is {answer!r}")
             question["indices"] = encode(question["words"], vocabulary, where)
         self.stats = stats or find_stats(root, "avqa", size)
+        self.video = None  # the one that was read last; self.frames and self.spectrograms are its
 
     def __len__(self):
         return len(self.questions)
@@ -457,14 +457,16 @@ class MusicAVQADataset(Dataset):
         return sound[moments(len(paths), self.count)]  # (T, 16000)
 
     def __getitem__(self, i):
-        # Frame and sound of a moment are of the same second: there is one frame a second.
-        *paths, _ = self.files(i)
-        at = moments(len(paths), self.count)
-        frames = read_frames([paths[second] for second in at], self.size)
-        spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
         question = self.questions[i]
+        if question["video"] != self.video:  # many questions in a row are about one video
+            # Frame and sound of a moment are of the same second: there is one frame a second.
+            *paths, _ = self.files(i)
+            at = moments(len(paths), self.count)
+            self.frames = read_frames([paths[second] for second in at], self.size)
+            self.spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
+            self.video = question["video"]
         answer = self.vocabulary["answers"].index(question["answer"])
-        return frames, spectrograms, question["indices"], torch.tensor(answer)
+        return self.frames, self.spectrograms, question["indices"], torch.tensor(answer)
 
 
 def moments(length, count):
@@ -479,10 +481,7 @@ def moments(length, count):
 
 def read_questions(path):
     """The questions of one json file: dicts of id, video, type, words and answer."""
-    try:
-        rows = json.loads("\n".join(read_lines(path)))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); fetch it again") from None
+    rows = read_json(path)
     require(isinstance(rows, list) and rows, f"{path} should hold a list of questions")
 
     questions = []
@@ -559,7 +558,6 @@ class NegativeFrames(Dataset):
         self.epoch = 0
         self.videos = list(dict.fromkeys(q["video"] for q in self.source.questions))
         require(len(self.videos) > 1, f"{self.source.root} needs two videos to draw negatives")
-        self.paths = {}  # video -> its frames; each folder is listed once
 
     def __len__(self):
         return len(self.dataset)
@@ -575,9 +573,7 @@ class NegativeFrames(Dataset):
         drawn = []
         for _ in frames:  # for each moment, a video and one of its frames
             video = others[rng.integers(len(others))]
-            if video not in self.paths:
-                self.paths[video] = frame_paths(video_folder(self.source.root, video))
-            paths = self.paths[video]
+            paths = frame_paths(video_folder(self.source.root, video))
             drawn.append(paths[rng.integers(len(paths))])
         negatives = read_frames(drawn, self.source.size)
         return frames, spectrograms, question, answer, negatives
@@ -656,21 +652,16 @@ class UCF101Dataset(Dataset):
 
 
 class Cached(Dataset):
-    """Keeps each item of a dataset in memory after its first read.
-
-    The process that reads is the one that keeps: with workers, each of them has its own items.
-    """
+    """All items of a dataset, read once and kept in memory by the process that reads them."""
 
     def __init__(self, dataset):
         self.dataset = dataset
-        self.items = {}
+        self.items = [dataset[i] for i in progress(range(len(dataset)), "read")]
 
     def __len__(self):
-        return len(self.dataset)
+        return len(self.items)
 
     def __getitem__(self, i):
-        if i not in self.items:
-            self.items[i] = self.dataset[i]
         return self.items[i]
 
 
@@ -704,19 +695,23 @@ def extract_video(path, out):
     wav = wav_path(out, video)
     if exists(wav):
         return video
-    require(shutil.which("ffmpeg"), "no ffmpeg; install it: apt, brew or conda install ffmpeg")
-
-    # What an earlier, stopped run left goes; frames of another origin do not.
-    ours = exists(f"{frames}/sound.wav")
-    require(ours or not isdir(frames), f"{frames} is there without {wav}; move it away")
-    partial = frames + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(frames, ignore_errors=True)
-    os.makedirs(partial)
+    if not exists(f"{frames}/sound.wav"):  # unless it was stopped just before its last line
+        require(not isdir(frames), f"{frames} is there without {wav}; move it away")
+        run_ffmpeg(path, frames)
     os.makedirs(dirname(wav), exist_ok=True)
+    os.replace(f"{frames}/sound.wav", wav)
+    return video
+
+
+def run_ffmpeg(path, folder):
+    """One video -> FOLDER/0001.jpg ... and FOLDER/sound.wav, all of it or nothing."""
+    require(shutil.which("ffmpeg"), "no ffmpeg; install it: apt, brew or conda install ffmpeg")
+    unfinished = folder + ".partial"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped
+    os.makedirs(unfinished)
 
     # An ID may begin with "-" or hold "%": ffmpeg gets an absolute path to read, and writes names
-    # of ours within `partial`.
+    # of ours within its own folder.
     source = ["ffmpeg", "-nostdin", "-v", "error", "-i", os.path.abspath(path)]
     # fps=1 takes the middle of each second; -r 1 would not (the release: -r 8,
     # AVE/scripts/extract_frames.py:11).
@@ -724,17 +719,14 @@ def extract_video(path, out):
     # Sound that starts later than the picture, or has gaps, keeps its place: silence fills them.
     sound = "-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar 16000 -c:a pcm_s16le sound.wav"
     command = source + pictures.split() + sound.split()
-    run = subprocess.run(command, cwd=partial, capture_output=True, text=True, errors="replace")
-
-    if run.returncode != 0 or not exists(f"{partial}/0001.jpg"):
-        shutil.rmtree(partial)
+    run = subprocess.run(command, cwd=unfinished, capture_output=True, text=True, errors="replace")
+    if run.returncode != 0 or not exists(f"{unfinished}/0001.jpg"):
+        shutil.rmtree(unfinished)
         for stream, name in (("'0:v:0'", "pictures"), ("'0:a:0'", "sound")):
             require(stream not in run.stderr, f"{path} has no {name}, and both are wanted")
         reason = run.stderr.strip().splitlines() or ["no frame came out"]
         raise InputError(f"{path} is no video to ffmpeg: {reason[-1]}")
-    os.replace(partial, frames)
-    os.replace(f"{frames}/sound.wav", wav)
-    return video
+    os.replace(unfinished, folder)
 
 
 def extract(videos, out, jobs):
@@ -762,36 +754,26 @@ def extract(videos, out, jobs):
 
 
 # ---------------------------------------------------------------- commands: check, stats
-# Missing and corrupt files make training fail. Sound that is short, silent or of another rate does
-# no harm but to the score: it is padded, used as it is, or resampled.
 
 
-def faults_of(task, dataset, i):
-    """[(kind, text)] of one item."""
+def fault_of(dataset, i):
+    """Read item i. Returns what is wrong with it, or "" if nothing is.
+
+    Missing and corrupt files make training fail. A short or silent sound does no harm but to the
+    score: what it lacks is silence.
+    """
+    missing = [path for path in dataset.files(i) if not exists(path)]
+    if missing:
+        return f"missing: {missing[0]}"
     try:
-        paths = dataset.files(i)
-        missing = [("missing", path) for path in paths if not exists(path)]
-        if missing:
-            return missing
         dataset.__getitem__(i)
     except InputError as error:
-        return [("corrupt", str(error))]
-
-    wav = paths[-1]
-    if not wav.endswith(".wav"):  # UCF101 has clips without sound
-        return []
-    sound = read_wav(wav)
-    # Seconds that the sound should have; n frames of MUSIC-AVQA are a rounded n seconds.
-    length = {"ave": 10, "avs": 5, "avqa": len(paths) - 1.5, "ucf101": 0}[task]
-    faults = []  # (kind, what is wrong)
-    if len(sound) < length * SAMPLE_RATE:
-        faults.append(("short", wav))
-    if not (sound.abs() > 1e-4).any():
-        faults.append(("silent", wav))
-    with wave.open(wav) as file:
-        if file.getframerate() != SAMPLE_RATE:
-            faults.append(("resampled", wav))
-    return faults
+        return f"corrupt: {error}"
+    wav = dataset.files(i)[-1]
+    loud = dataset.seconds(i).abs() > 1e-4  # (T, 16000)
+    if loud[-1].any() or not wav.endswith(".wav"):  # UCF101 has clips without sound
+        return ""
+    return f"short: {wav}" if loud.any() else f"silent: {wav}"
 
 
 def check(task, root, size):
@@ -799,24 +781,22 @@ def check(task, root, size):
     stats = find_stats(root, task, size)
     code = 0
     for split in ("train", "val", "test"):
-        faults = []
         try:
             dataset = DATASETS[task](root, split, size, stats)
-            for i in progress(distinct_items(dataset), f"check {split}"):
-                faults += faults_of(task, dataset, i)
-            print(f"{split}: {len(dataset)} items, {len(faults)} faults")
         except InputError as error:
-            faults.append(("corrupt", str(error)))
-            print(f"{split}: no items")
-
-        for kind, count in Counter(kind for kind, _ in faults).items():
-            lines = [text for its_kind, text in faults if its_kind == kind]
-            for line in lines[:5]:
-                print(f"  {kind}: {line}")
-            if count > 5:
-                print(f"  {kind}: and {count - 5} more")
-            if kind in ("missing", "corrupt"):  # the others do no harm but to the score
-                code = 1
+            print(f"{split}: {error}")
+            code = 1
+            continue
+        items = progress(distinct_items(dataset), f"check {split}")
+        faults = [fault_of(dataset, i) for i in items]
+        faults = sorted(fault for fault in faults if fault)  # corrupt, missing, short, silent
+        print(f"{split}: {len(dataset)} items, {len(faults)} faults")
+        for fault in faults[:20]:
+            print(f"  {fault}")
+        if len(faults) > 20:
+            print(f"  and {len(faults) - 20} more")
+        if any(fault.startswith(("corrupt", "missing")) for fault in faults):
+            code = 1
 
     if code == 0:
         print(f"What the items use can be read. Next: python train.py {task} --data {root}")
@@ -862,16 +842,16 @@ def progress(iterable, text, total=None):
 
 def write_atomic(path, content):
     """Write bytes so that the file is there whole or not at all, even after a power cut."""
-    partial = path + ".partial"
+    unfinished = path + ".partial"
     try:
-        with open(partial, "wb") as file:
+        with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name is
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        if exists(partial):  # the disk was full, for example
-            os.remove(partial)
+        if exists(unfinished):  # the disk was full, for example
+            os.remove(unfinished)
 
 
 def write_lines(lines, path):
@@ -914,7 +894,7 @@ NOISE = 0.004  # of every toy sound; full scale is 1
 
 
 # Shapes: the signed distance from an outline about 1 in radius, negative inside. A distance, and
-# not a yes or no, because draw makes a soft edge of it.
+# not a yes or no, because render makes a soft edge of it.
 
 
 def circle(x, y):
@@ -1049,7 +1029,7 @@ def record(name, seconds, amplitudes, rng):
 
 
 class Thing(NamedTuple):
-    """What draw puts into a scene; place and radius are in units of the image's side."""
+    """What render puts into a scene; place and radius are in units of the image's side."""
 
     shape: object
     colour: str
@@ -1064,7 +1044,7 @@ def to_image(values):
     return torch.from_numpy(pixels)
 
 
-def draw(things, size, rng):
+def render(things, size, rng):
     """A noisy scene: (3, size, size) uint8, and per thing a mask (size, size) bool.
 
     The background slopes in brightness and every pixel is noisy, so that no single pixel tells what
@@ -1115,7 +1095,7 @@ def stripes(direction, period, size, rng):
     y = np.arange(size)[:, None]
     across = np.cos(angle) * x + np.sin(angle) * y
     wave = tone(1 / period, across + period * rng.uniform())
-    background, _ = draw([], size, rng)
+    background, _ = render([], size, rng)
     contrast = rng.uniform(-90, 90, (3, 1, 1))
     return to_image(background.numpy() + contrast * wave)
 
@@ -1136,7 +1116,7 @@ def toy_images(count, size, rng):
         if rng.uniform() < 0.6:
             shape, colour = rng.integers(6, size=2)
             thing = place(SHAPES[shape], colours[colour], rng, 0.12, 0.3)
-            image, _ = draw([thing], size, rng)
+            image, _ = render([thing], size, rng)
             attributes[i, shape] = 1
             attributes[i, 6 + colour] = 1
         else:
@@ -1161,12 +1141,12 @@ def make_toy(task, root, seed=0):
     """Write the toy data set of a task, complete or not at all."""
     require(not exists(root), f"{root} is there already; remove it or choose another folder")
     makers = {"ave": toy_ave, "avs": toy_avs, "avqa": toy_avqa, "ucf101": toy_ucf101}
-    partial = root.rstrip("/") + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
-    makers[task](partial, np.random.default_rng(seed))
-    measure_stats(task, partial, TOY_SIZE)
-    write_lines([json.dumps({"task": task, "seed": seed})], f"{partial}/toy.json")
-    os.replace(partial, root)
+    unfinished = root.rstrip("/") + ".partial"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped
+    makers[task](unfinished, np.random.default_rng(seed))
+    measure_stats(task, unfinished, TOY_SIZE)
+    write_lines([json.dumps({"task": task, "seed": seed})], f"{unfinished}/toy.json")
+    os.replace(unfinished, root)
 
 
 def write_image(path, image):
@@ -1222,7 +1202,7 @@ def ave_second(seen, heard, size, loudness, rng):
         shape, colour, _ = INSTRUMENTS[seen]
         thing = place(shape, colour, rng, *RADIUS[size])
         things.append(thing)
-    image, _ = draw(things, TOY_SIZE, rng)
+    image, _ = render(things, TOY_SIZE, rng)
     return image, record(heard, 1, AMPLITUDE[loudness], rng)
 
 
@@ -1307,7 +1287,7 @@ def film(scenes, rng):
     """The images of scenes, each (3, S, S) uint8."""
     images = []
     for scene in scenes:
-        image, _ = draw(scene, TOY_SIZE, rng)
+        image, _ = render(scene, TOY_SIZE, rng)
         images.append(image)
     return images
 
@@ -1341,7 +1321,7 @@ def toy_avs(root, rng):
         images = []
         masks = []
         for scene in circling(seen, radii, 5, rng):
-            image, scene_masks = draw(scene, TOY_SIZE, rng)
+            image, scene_masks = render(scene, TOY_SIZE, rng)
             images.append(image)
             mask = scene_masks[sounding]
             masks.append(255 * mask[None].byte())
@@ -1420,24 +1400,20 @@ def toy_ucf101(root, rng):
 
     A bell, a flute or a drum moves, to the sound of a horn, of a rattle or, as in half of the real
     classes, to none. One sense alone knows one action in three."""
-    actions = []
+    lists = {"classInd": [], "trainlist01": [], "testlist01": []}
+    actions = {}  # name: (seen, heard)
     for seen in ("bell", "flute", "drum"):
         for heard in ("horn", "rattle", ""):
-            actions.append((seen, heard))
-    lists = {
-        "classInd": [],
-        "trainlist01": [],
-        "testlist01": [],
-    }
-    for number, (seen, heard) in enumerate(actions, 1):
-        lists["classInd"].append(f"{number} {seen.title()}{heard.title()}")
+            name = seen.title() + heard.title()
+            actions[name] = (seen, heard)
+            lists["classInd"].append(f"{len(actions)} {name}")
 
     first_group = {"train": 8, "val": 24, "test": 1}  # two clips in each group
     for split, count in TOY_CLIPS["ucf101"].items():
         for i in range(count):
-            for number, (seen, heard) in enumerate(actions, 1):
-                name = seen.title() + heard.title()
-                group = first_group[split] + i // 2
+            group = first_group[split] + i // 2
+            for number, name in enumerate(actions, 1):
+                seen, heard = actions[name]
                 video = f"v_{name}_g{group:02}_c{i % 2 + 1:02}"
                 radius = rng.uniform(0.15, 0.22)
                 scenes = circling([seen], [radius], 16, rng)
@@ -1446,10 +1422,11 @@ def toy_ucf101(root, rng):
                 if heard:
                     sound = record(heard, 2, MODERATE, rng)
                 write_video(root, video, images, sound)
+                clip = f"{name}/{video}.avi"
                 if split == "test":
-                    lists["testlist01"].append(f"{name}/{video}.avi\r")  # the real ones have \r too
+                    lists["testlist01"].append(f"{clip}\r")  # the real ones have \r too
                 else:
-                    lists["trainlist01"].append(f"{name}/{video}.avi {number}\r")
+                    lists["trainlist01"].append(f"{clip} {number}\r")
     for name, lines in lists.items():
         write_lines(lines, f"{root}/{name}.txt")
 
@@ -1461,39 +1438,30 @@ def parse():
     """The arguments of one command, as the module's docstring lists them."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    command = commands.add_parser("extract")
-    command.add_argument("videos")
-    command.add_argument("root")
-    command.add_argument("--jobs", type=int, default=os.cpu_count())
-
-    for name, option, default in [
-        ("check", "size", 192),
-        ("stats", "size", 192),
-        ("toy", "seed", 0),
-    ]:
-        command = commands.add_parser(name)
-        command.add_argument("task", choices=DATASETS)
-        command.add_argument("root")
-        command.add_argument("--" + option, type=int, default=default)
+    parser.add_argument("command", choices=["extract", "check", "stats", "toy"])
+    parser.add_argument("source", help="a task; for extract the folder of videos")
+    parser.add_argument("root", help="the folder of the data set")
+    parser.add_argument("--size", type=int, default=192, help="of the images, in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the toy")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="videos at a time")
     return parser.parse_args()
 
 
 def run(args):
     """One command. Returns its exit code."""
-    for name, least in (("jobs", 1), ("size", 16), ("seed", 0)):
-        require(getattr(args, name, least) >= least, f"--{name} must be at least {least}")
+    require(args.size > 15 and args.seed >= 0 and args.jobs > 0, "a number is too small")
     if args.command == "extract":
-        return extract(args.videos, args.root, args.jobs)
+        return extract(args.source, args.root, args.jobs)
+    task = args.source
+    require(task in DATASETS, f"unknown task {task!r}; there are {', '.join(DATASETS)}")
     if args.command == "check":
-        return check(args.task, args.root, args.size)
+        return check(task, args.root, args.size)
     if args.command == "stats":
-        mean, std = measure_stats(args.task, args.root, args.size)
+        mean, std = measure_stats(task, args.root, args.size)
         print(f"mean {mean:.6f}  std {std:.6f}  (kept in {args.root}/fbank.json)")
     else:
-        make_toy(args.task, args.root, args.seed)
-    print(f"Next: python train.py {args.task} --data {args.root}")
+        make_toy(task, args.root, args.seed)
+    print(f"Next: python train.py {task} --data {args.root}")
     return 0
 
 

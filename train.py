@@ -35,6 +35,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -104,8 +105,7 @@ class Settings:
     batch_size: int = setting(1, "clips of a step, in each process")
     lr: float = setting(1e-4, "Adam's learning rate for the adapters")
     head_lr: float = setting(1e-4, "that for the head")
-    lr_decay: float = setting(1.0, "factor on all rates after each epoch")
-    linear_decay: bool = setting(False, "all rates fall linearly to zero instead")
+    linear_decay: bool = setting(False, "all rates fall linearly to zero")
 
     # What one task alone has.
     extra_audio: str = setting("", "an .npy of features beside the sound's", task="ave")
@@ -251,26 +251,21 @@ def train_ave(settings):
 def evaluate_ave(settings, facts, model, loader):
     """Score a model on a split, as Tian et al. do: every second of every clip counts alike.
 
-    -> {what: number}: accuracy over all seconds, two scores that need neither eye nor ear to
-    compare it with, and what is taken for what most often, as shares of all seconds."""
+    -> {what: number}: accuracy over all seconds, and two scores that need neither eye nor ear, to
+    compare it with."""
     found = []
     true = []
-    for logits, batch in outputs(settings, model, loader):
+    for logits, (_, _, labels, *_) in outputs(settings, model, loader):
         found.extend(logits.argmax(-1).tolist())  # (B,10), of logits (B,10,29)
-        true.extend(batch[2].tolist())  # (B,10)
-    found = torch.tensor(gather(found))  # (clips,10)
-    true = torch.tensor(gather(true))  # (clips,10)
-
-    right = found == true  # (clips,10)
+        true.extend(labels.tolist())  # (B,10)
+    found = np.array(gather(found))  # (clips,10)
+    true = np.array(gather(true))  # (clips,10)
     background = len(facts["classes"])  # the number of its label
-    names = [*facts["classes"], "background"]
-    confusions = Counter(zip(true[~right].tolist(), found[~right].tolist()))
-    scores = {"accuracy": right.float().mean().item()}
-    scores["if all were called background"] = (true == background).float().mean().item()
-    scores["if every clip's event filled it"] = (true != background).float().mean().item()
-    for (a, b), count in confusions.most_common(5):
-        scores[f"{names[a]}, called {names[b]}"] = count / true.numel()
-    return scores
+    return {
+        "accuracy": float((found == true).mean()),
+        "if all were called background": float((true == background).mean()),
+        "if every clip's event filled it": float((true != background).mean()),
+    }
 
 
 # ---------------------------------------------------------------- AVS
@@ -689,8 +684,8 @@ def weights_path(settings):
     if settings.weights == "toy":
         return os.path.join(os.path.dirname(os.path.abspath(settings.data)), "nano.pt")
     if settings.weights == "imagenet":
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        return os.path.join(folder, os.path.basename(published(settings)))
+        name = os.path.basename(published(settings))
+        return os.path.join(torch.hub.get_dir(), "checkpoints", name)
     return settings.weights
 
 
@@ -722,9 +717,8 @@ def make_weights(settings):
         try:
             torch.hub.download_url_to_file(url, path)
         except OSError as error:  # urllib's URLError is one
-            raise InputError(
-                f"cannot download weights ({error}); fetch {url} elsewhere and save it as {path}"
-            ) from None
+            advice = f"fetch {url} elsewhere and save it as {path}"
+            raise InputError(f"cannot download weights ({error}); {advice}") from None
 
 
 def pretrain_nano(path, device, steps=500, batch=32, lr=1e-3):
@@ -832,7 +826,7 @@ def start_run(settings, facts):
     if settings.resume:
         saved = load_run(settings.out, "state.pt")
         for name, value in dataclasses.asdict(settings).items():
-            theirs = saved["settings"].get(name)
+            theirs = getattr(saved["settings"], name)
             same = name in MAY_CHANGE or value == theirs
             require(same, f"{settings.out} was started with {name} {theirs}, not {value}")
         require(saved["facts"] == facts, f"{settings.out} was trained on other data or weights")
@@ -844,7 +838,7 @@ def start_run(settings, facts):
 
 # What a resumed run may change. report ignores PLACES when it groups runs.
 PLACES = ("data", "out", "workers", "cache", "device", "resume")
-RATES = ("lr", "head_lr", "grounding_lr", "lr_decay", "linear_decay")
+RATES = ("lr", "head_lr", "grounding_lr", "linear_decay")
 MAY_CHANGE = (*PLACES, *RATES, "weights", "epochs", "patience", "split", "question", "repeat")
 
 
@@ -874,7 +868,7 @@ def start_epoch(settings, log, model, optimizer, loader):
     torch.manual_seed((settings.seed * 1000 + epoch) * 1000 + rank())  # of dropout
     loader.sampler.set_epoch(epoch)
     loader.dataset.epoch = epoch  # of the negatives
-    decay = settings.lr_decay**epoch
+    decay = 1.0
     if settings.linear_decay:
         decay = 1 - (epoch + 0.5) / settings.epochs  # from 1 to 0, in the middle of this epoch
     for group in optimizer.param_groups:
@@ -969,11 +963,8 @@ def finish(settings, facts, model, log, loader):
     print(f"{'seconds, of all epochs':45} {seconds:.0f}")
     item = source(loader)[0]  # the first test clip
     truth = item[3 if settings.task == "avqa" else 2]
-    picture = os.path.join(settings.out, "test.png")
-    clip = inputs_of(settings, item)
-    heat, logits = look(settings, model, clip)
-    draw(settings, facts, clip, heat, logits, truth, picture)
-    print(f"{settings.out} holds adapters.pt, log.jsonl, result.json, test.png")
+    path = os.path.join(settings.out, "test.png")
+    draw(settings, facts, model, inputs_of(settings, item), truth, path)
     print(f"Next: python train.py eval {shlex.quote(settings.out)}")
 
 
@@ -989,7 +980,7 @@ def print_scores(scores):
 
 
 def load_run(folder, name):
-    """What end_epoch saved: a dict of settings, facts, trained, and of state.pt log and optimizer.
+    """What end_epoch saved: settings (as Settings), facts, trained, and of state.pt the rest.
 
     Raises InputError for a file that is not of this kind: it may be anybody's."""
     path = os.path.join(folder, name)
@@ -999,10 +990,9 @@ def load_run(folder, name):
         for field in dataclasses.fields(settings):
             value = getattr(settings, field.name)
             require(type(value) is field.type, f"{field.name} is {value!r}")
-        require({"facts", "trained"} <= set(run), "there is nothing trained in it")
+        return {**run, "settings": settings, "facts": run["facts"], "trained": run["trained"]}
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path} is of no run of this program: {error}") from None
-    return run
 
 
 def open_run(folder, given):
@@ -1010,9 +1000,8 @@ def open_run(folder, given):
 
     given: what the command line says in place of the run's own settings, --device for example."""
     run = load_run(folder, "adapters.pt")
-    settings = Settings(**run["settings"])
     given = {"device": default_device(), **given, "out": folder}
-    settings = dataclasses.replace(settings, **given)
+    settings = dataclasses.replace(run["settings"], **given)
     check_values(settings)
     model = build(settings, run["facts"])
     lavish.load_trained_state_dict(model, run["trained"])
@@ -1039,24 +1028,25 @@ def predict(folder, videos, given):
     require(videos, "predict wants the folder of a run, then videos")
     possible = settings.task != "ucf101" and not settings.extra_audio
     require(possible, "predict is for ave (without --extra-audio), avs and avqa")
-    is_avqa = settings.task == "avqa"
-    require(is_avqa == bool(settings.question), "--question goes with avqa, always")
+    asks = settings.question != ""
+    require(asks == (settings.task == "avqa"), "--question goes with avqa, always")
+    more = []  # that the net reads beside frames and spectrograms
+    if asks:
+        words = settings.question.strip().rstrip("?\uff1f").split(" ")
+        more = [data.encode(words, facts["vocabulary"])]
     os.makedirs(pictures, exist_ok=True)
-    names = [os.path.splitext(os.path.basename(video))[0] for video in videos]
-    require(len(set(names)) == len(names), "two videos of one name would share a picture")
-    for video, name in zip(videos, names):
+    for number, video in enumerate(videos):
         print(video)
+        name = os.path.splitext(os.path.basename(video))[0]
         frames, spectrograms = read_video(settings, facts, video)
         length = {"ave": 10, "avs": 5}.get(settings.task, len(frames))  # as it was trained on
         for start in range(0, len(frames), length):
-            clip = [frames[start : start + length], spectrograms[start : start + length]]
-            if is_avqa:
-                words = settings.question.strip().rstrip("?\uff1f").split(" ")
-                clip.append(data.encode(words, facts["vocabulary"]))
-            heat, logits = look(settings, model, clip)
-            print_found(settings, facts, logits, start)
-            picture = os.path.join(pictures, f"{name}-{settings.task}-{start:04d}.png")
-            draw(settings, facts, clip, heat, logits, None, picture)
+            end = start + length
+            clip = [frames[start:end], spectrograms[start:end], *more]
+            picture = os.path.join(pictures, f"{number}-{name}-{start:04d}.png")
+            logits = draw(settings, facts, model, clip, None, picture)
+            if settings.task != "avs":
+                print_found(labels_of(settings, facts), logits, start)
 
 
 def read_video(settings, facts, video):
@@ -1083,73 +1073,54 @@ def labels_of(settings, facts):
     return [*facts["classes"], "background"]
 
 
-def print_found(settings, facts, logits, start):
-    """Print what the logits (T,classes) or (answers,) say: the event of each second, from second
-    `start` on, or the three likeliest answers."""
-    if settings.task == "avs":
-        return
-    names = labels_of(settings, facts)
-    p = logits.softmax(-1)  # (T,classes) or (answers,)
-    if settings.task == "avqa":
-        for share, k in zip(*p.topk(min(3, len(names)))):
-            print(f"  {names[k]:40} {share:.2f}")
-        return
+def print_found(names, logits, start):
+    """Print the likeliest of the named events in each second, of logits (T,classes), from second
+    `start` on; or the likeliest answer, of logits (answers,)."""
+    p = logits.view(-1, len(names)).softmax(-1)  # (T,classes) or (1,answers)
     for t, (share, k) in enumerate(zip(*p.max(-1)), start):
-        print(f"{t:4} to {t + 1:2} s  {names[k]:40} {share:.2f}")
+        print(f"{t:4} s  {names[k]:40} {share:.2f}")
 
 
-def draw(settings, facts, clip, heat, logits, truth, path):
+def draw(settings, facts, model, clip, truth, path):
     """Write a picture of a clip as PNG, a column for each second, with these rows: its frames; the
     same, bright where the latents of the audio stream look; its spectrograms; what the net finds
-    and, where it is known, the truth, as masks or as text.
+    and, where it is known, the truth, as masks or as text. Returns the logits.
 
-    clip: inputs of the net without a batch; heat, logits: what `look` gives for it; truth: labels,
-    masks or None; path: of the PNG."""
+    clip: inputs of the net without a batch; truth: labels, masks or None; path: of the PNG."""
+    heat, logits = look(settings, model, clip)
     frames, spectrograms, *_ = clip
     columns = len(spectrograms)  # seconds, T
-    frames = frames[:: len(frames) // columns]  # UCF101 has two frames for a spectrogram
     mean = torch.tensor(data.IMAGENET_MEAN)[:, None, None]
     std = torch.tensor(data.IMAGENET_STD)[:, None, None]
-    seen = (frames * std + mean).clamp(0, 1)  # (T,3,S,S)
-    # As people draw spectrograms: time runs right and pitch up.
-    heard = (0.4 + spectrograms / 3).clamp(0, 1).transpose(1, 2).flip(1)  # (T,S,S)
-    rows = [seen]  # of tiles (T,3,S,S)
+    images = (frames * std + mean).clamp(0, 1)
+    images = images[:: len(images) // columns]  # (T,3,S,S); UCF101 has two frames for a sound
+    rows = [images]  # of tiles (T,3,S,S)
     if heat is not None:
-        heat = heat[:: len(heat) // columns]
-        rows.append(seen * (0.2 + 0.8 * F.interpolate(heat, seen.shape[-2:])))
-    rows.append(heard[:, None].expand_as(seen))
+        rows.append(images * (0.2 + 0.8 * F.interpolate(heat, images.shape[-2:])))
+    # As people draw spectrograms: time runs right and pitch up.
+    sounds = (0.4 + spectrograms / 3).clamp(0, 1).transpose(1, 2).flip(1)  # (T,S,S)
+    rows.append(sounds[:, None].expand_as(images))
+    texts = []
     if settings.task == "avs":
-        masks = [logits[:, None] > 0] if truth is None else [logits[:, None] > 0, truth[:, None]]
-        for mask in masks:  # found, true
-            mask = F.interpolate(mask.float(), seen.shape[-2:])  # (T,1,S,S)
-            rows.append(seen * 0.3 + mask * 0.7)
+        for mask in [logits] if truth is None else [logits, truth]:
+            mask = (mask > 0).float()[:, None]  # (T,1,M,M)
+            rows.append(images * 0.3 + F.interpolate(mask, images.shape[-2:]) * 0.7)
     else:
         names = labels_of(settings, facts)
         texts = [f"found: {names[k]}" for k in logits.argmax(-1).view(-1)]
         if truth is not None:
-            texts = [f"{x}\ntrue: {names[k]}" for x, k in zip(texts, truth.view(-1))]
-        rows.append(captions(texts, columns))
-    tiles = [F.interpolate(row, (TILE, TILE)) for row in rows]  # (T,3,112,112) each
-    grid = torchvision.utils.make_grid(torch.cat(tiles), columns, 4, pad_value=1)
-    if settings.task != "avs":
-        grid = grid[:, :-72]  # a tile of text is empty below its two lines
+            texts = [f"{text}\ntrue: {names[k]}" for text, k in zip(texts, truth.view(-1))]
+    tiles = [F.interpolate(row, (112, 112)) for row in rows]  # (T,3,112,112) each
+    grid = torchvision.utils.make_grid(torch.cat(tiles), columns, 4, pad_value=1)  # (3,H,W)
+    if texts:  # torchvision writes them into boxes, here one below each column
+        below = torch.tensor([[4, grid.shape[1], 116, grid.shape[1] + 36]])
+        boxes = below + torch.tensor([116, 0, 116, 0]) * torch.arange(len(texts))[:, None]
+        grid = F.pad(grid, (0, 0, 0, 40), value=1)
+        grid = torchvision.utils.draw_bounding_boxes(grid, boxes, texts, "black")
     png = torchvision.io.encode_png((grid * 255).byte())
     data.write_atomic(path, png.numpy().tobytes())
     print(f"drawn in {path}")
-
-
-TILE = 112  # pixels a side
-
-
-def captions(texts, columns):
-    """Texts -> tiles (columns,3,112,112): black on white, and blank ones to fill the row.
-
-    torchvision writes beside boxes only, so that each text has one, around the tile."""
-    paper = torch.ones(3, TILE, TILE)
-    box = torch.tensor([[0, 0, TILE - 1, TILE - 1]])
-    tiles = [torchvision.utils.draw_bounding_boxes(paper, box, [text], "black") for text in texts]
-    tiles += [paper] * (columns - len(texts))
-    return torch.stack(tiles)
+    return logits
 
 
 def look(settings, model, clip):
@@ -1157,9 +1128,8 @@ def look(settings, model, clip):
 
     It is the attention of the compression, softmax(L y^T) of eq. 7, in the middle block, averaged
     over the latents and scaled to 1 at the most. The middle block is where it says most: earlier
-    ones have many small patches, later ones few large ones. None without latents, and for
-    VideoMAE, whose tokens are tubelets."""
-    net = model.net
+    ones have many small patches, later ones few large ones. None without latents, and for UCF101,
+    because VideoMAE's tokens are tubelets."""
     heats = []  # of the one pass that is looked at
 
     def keep(adapter, inputs):
@@ -1167,14 +1137,16 @@ def look(settings, model, clip):
         heat = attention.mean(1) / attention.mean(1).amax(1, keepdim=True)  # (T,N)
         heats.append(lavish.to_maps(heat[..., None].cpu()))
 
-    hook = None
-    if isinstance(net, lavish.Lavish) and isinstance(net.backbone, lavish.SwinV2):
-        adapter = net.audio_adapters[len(net.audio_adapters) // 2][0]
-        if hasattr(adapter, "latents"):
-            hook = adapter.register_forward_pre_hook(keep)
+    reads_frames = settings.modality == "av" and settings.latents > 0 and not settings.one_direction
+    if (
+        not reads_frames
+        or not isinstance(model.net.backbone, lavish.SwinV2)
+        or settings.task == "ucf101"
+    ):
+        return None, logits_of(settings, model, [x[None] for x in clip])[0]
+    adapters = model.net.audio_adapters
+    hook = adapters[len(adapters) // 2][0].register_forward_pre_hook(keep)
     logits = logits_of(settings, model, [x[None] for x in clip])[0]
-    if hook is None:
-        return None, logits
     hook.remove()
     return heats[0], logits
 
@@ -1190,23 +1162,20 @@ def report(runs):
     for run in runs:
         path = os.path.join(run, "result.json")
         require(os.path.exists(path), f"no {path}: that run is not done; leave it out")
-        try:
-            result = json.loads("\n".join(data.read_lines(path)))
-            settings = {**result["settings"], "seed": 0, **dict.fromkeys(PLACES)}
-            folder = os.path.basename(os.path.normpath(result["settings"]["data"]))
-            groups[folder, json.dumps(settings)].append(result)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
+        result = data.read_json(path)
+        require("settings" in result, f"{path} is no result of a run; leave it out")
+        settings = {**result["settings"], "seed": 0, **dict.fromkeys(PLACES)}
+        folder = os.path.basename(os.path.normpath(result["settings"]["data"]))
+        groups[folder, str(settings)].append(result)
     print("  test  +- std  n  trainable   GFLOP  seconds  the first of them")
     for results in groups.values():
+        first = results[0]
         tests = [result["test"] for result in results]
         spread = np.std(tests, ddof=1) if len(tests) > 1 else float("nan")
-        seconds = np.mean([result["seconds"] for result in results])
-        first = results[0]
         print(
             f"{np.mean(tests):6.3f} {spread:7.3f} {len(tests):2} "
-            f"{first['trainable_parameters'] / 1e6:9.2f}M {first['gflop']:7.2f} {seconds:8.0f}  "
-            f"{first['settings']['out']}"
+            f"{first['trainable_parameters'] / 1e6:9.2f}M {first['gflop']:7.2f} "
+            f"{np.mean([result['seconds'] for result in results]):8.0f}  {first['settings']['out']}"
         )
 
 
@@ -1221,13 +1190,13 @@ def bench(settings):
     model = build(settings, facts)
     optimizer = make_optimizer(settings, model)
     clips = random_clips(settings)
-    # AVS decodes the first frame alone, AVQA wants negatives.
-    more = {"avs": [True], "avqa": [clips[0]]}.get(settings.task, [])
-    if settings.task == "avqa" and settings.modality != "av":
-        more = []  # a match takes two streams
-    model.train()
-    times = [clock(settings)]
-    for _ in range(settings.repeat + 1):
+    more = []  # that training has: AVS decodes the first frame alone, AVQA reads negatives
+    if settings.task == "avs":
+        more = [True]
+    elif settings.task == "avqa" and settings.modality == "av":
+        more = [clips[0]]
+
+    def training():
         with autocast(settings):
             logits = model(*clips, *more)
         logits = logits if isinstance(logits, tuple) else [logits]
@@ -1235,18 +1204,24 @@ def bench(settings):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        times.append(clock(settings))
-    print_speed(settings, "training", times)
-    print(f"peak of memory  {peak_memory(settings):.1f} GB")
 
-    model.eval()
-    times = [clock(settings)]
-    for _ in range(settings.repeat + 1):
+    def evaluation():
         with autocast(settings), torch.no_grad():
             model(*clips)
-        times.append(clock(settings))
-    print_speed(settings, "evaluation", times)
-    print(f"one evaluation  {count_gflop(settings, model):.1f} GFLOP a clip")
+
+    for step in (training, evaluation):
+        model.train(step is training)
+        times = [clock(settings)]
+        for _ in range(settings.repeat + 1):
+            step()
+            times.append(clock(settings))
+        # The first step warms up and does not count. Machines are noisy, so that the slowest and
+        # the fastest stand beside the median.
+        speeds = settings.batch_size / np.diff(times)[1:]
+        low, middle, high = np.quantile(speeds, (0, 0.5, 1))
+        print(f"{step.__name__:10} {middle:.3g} clips/s, median ({low:.3g} to {high:.3g})")
+    print(f"{'memory':10} {peak_memory(settings):.1f} GB at most")
+    print(f"{'operations':10} {count_gflop(settings, model):.1f} GFLOP a clip, to evaluate it")
 
 
 def random_clips(settings):
@@ -1269,14 +1244,6 @@ def clock(settings):
     if settings.device != "cpu":
         torch.cuda.synchronize()  # a GPU answers before it is done
     return time.perf_counter()
-
-
-def print_speed(settings, what, times):
-    """Clips a second from the times between steps. The first step warms up and does not count;
-    these machines are noisy, so that the median stands beside the slowest and the fastest."""
-    speeds = settings.batch_size / np.diff(times)[1:]
-    low, middle, high = np.quantile(speeds, (0, 0.5, 1))
-    print(f"{what:15} {middle:.3g} clips/s, median ({low:.3g} to {high:.3g})")
 
 
 def peak_memory(settings):
@@ -1334,25 +1301,22 @@ def settings_of(task, given, recipes):
     Raises InputError for what cannot work, before any data are made or read."""
     settings = dataclasses.replace(recipes[task], **{"device": default_device(), **given})
     check_values(settings)
-    on_gpu = "cuda" in settings.device
     # bf16 only where the GPU computes in it.
-    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+    if settings.device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False):
         settings.precision = given.get("precision", "bf16")
     for name in given:
-        theirs = settings.__dataclass_fields__[name].metadata["task"]
+        theirs = Settings.__dataclass_fields__[name].metadata["task"]
         require(theirs in (None, task), f"--{name.replace('_', '-')} is for {theirs}")
-    one_stream = settings.modality != "av"
-    both = settings.drop_path or settings.checkpoint_activations or settings.tpavi
-    require(
-        not (one_stream and both),
-        "--drop-path, --checkpoint-activations and --tpavi want both streams: --modality av",
-    )
+    if settings.modality != "av":
+        both = settings.drop_path or settings.checkpoint_activations or settings.tpavi
+        options = "--drop-path, --checkpoint-activations and --tpavi"
+        require(not both, f"{options} want both streams: --modality av")
+        require((task, settings.modality) != ("avs", "a"), "segmentation needs frames: not a alone")
     fits = task == "ucf101" or "videomae" not in settings.backbone
     require(fits, "VideoMAE reads clips of 16 frames: it is for ucf101")
     with torch.device("meta"):  # what does not exist or fit ends here, before any data are made
         net = build_net(settings, lavish.make_backbone(settings.backbone, settings.image_size))
         if task == "avs":
-            require(settings.modality != "a", "segmentation needs frames: --modality av or v")
             lavish.AVS(net)
     settings.image_size = net.backbone.image_size
     return settings
@@ -1360,16 +1324,16 @@ def settings_of(task, given, recipes):
 
 def check_values(settings):
     """InputError for numbers and devices that cannot work."""
-    least = dict.fromkeys(("batch_size", "reduction", "groups", "epochs", "moments", "repeat"), 1)
-    least.update(dict.fromkeys(("workers", "latents", "seed", "patience", "image_size"), 0))
-    for name, low in least.items():
-        option = f"--{name.replace('_', '-')}"
-        require(getattr(settings, name) >= low, f"{option} must be at least {low}")
+    for name in ("batch_size", "reduction", "groups", "epochs", "moments", "repeat"):
+        require(getattr(settings, name) > 0, f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("workers", "latents", "seed", "patience", "image_size"):
+        require(getattr(settings, name) >= 0, f"--{name.replace('_', '-')} must be at least 0")
     require(0 <= settings.drop_path <= 1, "--drop-path must be from 0 to 1")
     require(settings.hidden % 4 == 0, "--hidden must be a multiple of 4, the attention heads")
-    kind = settings.device.split(":")[0]
-    require(kind in ("cpu", "cuda"), "--device must be cpu or cuda")
-    require(kind == "cpu" or torch.cuda.is_available(), "--device cuda: torch sees no GPU here")
+    known = re.fullmatch("cpu|cuda(:[0-9]+)?", settings.device)
+    require(known, "--device must be cpu or cuda")
+    has_gpu = torch.cuda.is_available()
+    require(has_gpu or settings.device == "cpu", "--device cuda: torch sees no GPU here")
 
 
 def train(task, given):
@@ -1385,14 +1349,14 @@ def train(task, given):
     weights_path(settings)  # says what is wrong with --weights before any data are made
     os.makedirs(settings.out, exist_ok=True)
     lock_folder(settings.out)
-    done = os.path.join(settings.out, "result.json")
-    stopped = os.path.join(settings.out, "state.pt")  # removed when a run is done
-    require(not os.path.exists(done), f"{done} is of a run that is done; choose another --out")
+    is_done = os.path.exists(os.path.join(settings.out, "result.json"))
+    is_stopped = os.path.exists(os.path.join(settings.out, "state.pt"))
+    require(not is_done, f"{settings.out} holds a run that is done; choose another --out")
     if settings.resume:
-        require(os.path.exists(stopped), f"{stopped} is not there: nothing to --resume")
+        require(is_stopped, f"{settings.out} holds no run to --resume")
     else:
-        hint = "add --resume, or choose another --out"
-        require(not os.path.exists(stopped), f"{stopped} is of a run that is not done: {hint}")
+        advice = "add --resume, or choose another --out"
+        require(not is_stopped, f"{settings.out} holds a run that is not done; {advice}")
     join_processes(settings.device)
     if rank() == 0:
         if missing_toy:
@@ -1424,21 +1388,19 @@ def run_command(command, paths, given):
     if command in TRAIN:
         require(not paths, f"{command} takes no {paths}; options begin with --")
         train(command, given)
-        return
-    if int(os.environ.get("RANK", 0)) > 0:
-        return  # of these commands one process does all
-    require(paths, f"{command} of what? See: python train.py --help")
-    if command == "eval":
-        require(len(paths) == 1, "eval takes the folder of one run")
-        evaluate(paths[0], given)
-    elif command == "predict":
-        predict(paths[0], paths[1:], given)
-    elif command == "report":
-        report(paths)
-    else:
-        require(paths[0] in TRAIN, f"bench takes a task: {', '.join(TRAIN)}")
-        given = {"weights": "none", "batch_size": 1, **given}
-        bench(settings_of(paths[0], given, PAPER))
+    elif int(os.environ.get("RANK", 0)) == 0:
+        require(paths, f"{command} of what? See: python train.py --help")
+        if command == "eval":
+            require(len(paths) == 1, "eval takes the folder of one run")
+            evaluate(paths[0], given)
+        elif command == "predict":
+            predict(paths[0], paths[1:], given)
+        elif command == "report":
+            report(paths)
+        else:
+            require(paths[0] in TRAIN, f"bench takes a task: {', '.join(TRAIN)}")
+            given = {"weights": "none", "batch_size": 1, **given}
+            bench(settings_of(paths[0], given, PAPER))
 
 
 def main(arguments=None):
