@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torchaudio
 import torchvision
-import torchvision.transforms.functional as transforms
+import torchvision.transforms.functional as functional
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -78,8 +78,8 @@ def read_wav(path):
 def seconds_of(sound, count):
     """(N,) -> (count, 16000): second t is samples 16000 t to 16000 (t+1), silence after the end.
 
-    The release spreads its windows from the start to 1.1 s before the end (AVE/dataloader.py:162),
-    so that the last one of a ten-second clip lies 0.1 s before the second of its label.
+    The release's last window begins 1.1 s before the end (AVE/dataloader.py:162), which is 0.1 s
+    before the second of its label in a clip of ten seconds.
     """
     length = count * SAMPLE_RATE
     sound = pad(sound[:length], (0, max(0, length - len(sound))))
@@ -117,9 +117,9 @@ def read_frame(path, size):
     of the pixels, so the result is clamped.
     """
     image = read_image(path) / 255
-    bicubic = torchvision.transforms.InterpolationMode.BICUBIC
-    image = transforms.resize(image, [size, size], bicubic, antialias=True)  # (3, S, S)
-    return transforms.normalize(image.clamp(0, 1), IMAGENET_MEAN, IMAGENET_STD)
+    bicubic = functional.InterpolationMode.BICUBIC
+    image = functional.resize(image, [size, size], bicubic, antialias=True)  # (3, S, S)
+    return functional.normalize(image.clamp(0, 1), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def read_frames(paths, size):
@@ -129,7 +129,7 @@ def read_frames(paths, size):
 
 # ---------------------------------------------------------------- where files are
 # Three of the data sets keep a video as a folder of frames and one wav, as `extract` writes them:
-# ROOT/video_frames/ID/0001.jpg, 0002.jpg, ... and ROOT/raw_audio/ID.wav. AVSBench has another one.
+# ROOT/video_frames/ID/0001.jpg, 0002.jpg, ... and ROOT/raw_audio/ID.wav. AVSBench has its own.
 
 
 def video_folder(root, video):
@@ -150,7 +150,8 @@ def video_files(root, video):
 def frame_paths(folder):
     """The frames of a video in the order of their numbers, whatever the padding with zeros.
 
-    Without any, the name that the first one should have: whoever opens it says what is missing.
+    A folder without frames gives the name that the first one should have; whoever opens it says
+    what is missing.
     """
     names = os.listdir(folder) if isdir(folder) else []
     names = [name for name in names if re.fullmatch(r"\d+\.jpg", name)]
@@ -244,7 +245,7 @@ class AVEDataset(Dataset):
     extra_audio is an .npy of shape (rows of Annotations.txt, 10, 128).
     """
 
-    def __init__(self, root, split, size, stats=None, extra_audio=None):
+    def __init__(self, root, split, size, stats=None, extra_audio=""):
         self.root = root
         self.split = split
         self.size = size
@@ -269,7 +270,7 @@ class AVEDataset(Dataset):
             self.clips.append((video, self.classes.index(category), int(start), int(end)))
 
         self.extra = None
-        if extra_audio is not None:
+        if extra_audio:
             self.extra = read_features(extra_audio, rows)
             for line in self.lines:
                 require(line in self.extra, f"{line!r} of {split}Set.txt is not in Annotations.txt")
@@ -454,14 +455,14 @@ class MusicAVQADataset(Dataset):
         """
         *paths, wav = self.files(i)
         sound = seconds_of(read_wav(wav), len(paths))  # (n, 16000)
-        return sound[moments(len(paths), self.count)]  # (T, 16000)
+        return sound[evenly(len(paths), self.count)]  # (T, 16000)
 
     def __getitem__(self, i):
         question = self.questions[i]
         if question["video"] != self.video:  # many questions in a row are about one video
             # Frame and sound of a moment are of the same second: there is one frame a second.
             *paths, _ = self.files(i)
-            at = moments(len(paths), self.count)
+            at = evenly(len(paths), self.count)
             self.frames = read_frames([paths[second] for second in at], self.size)
             self.spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
             self.video = question["video"]
@@ -469,7 +470,7 @@ class MusicAVQADataset(Dataset):
         return self.frames, self.spectrograms, question["indices"], torch.tensor(answer)
 
 
-def moments(length, count):
+def evenly(length, count):
     """The numbers of `count` seconds that lie evenly over a video of `length` seconds.
 
     Truncated as in the release (AVQA/net_grd_avst/dataloader_avst.py:187): 60 seconds and 10
@@ -553,7 +554,7 @@ class NegativeFrames(Dataset):
 
     def __init__(self, dataset, seed):
         self.dataset = dataset  # MusicAVQADataset, or Cached around one
-        self.source = getattr(dataset, "dataset", dataset)
+        self.source = source(dataset)
         self.seed = seed
         self.epoch = 0
         self.videos = list(dict.fromkeys(q["video"] for q in self.source.questions))
@@ -648,7 +649,14 @@ class UCF101Dataset(Dataset):
 
 
 # ---------------------------------------------------------------- all data sets
-# What works with any of the four.
+# What follows works with any of the four.
+
+
+def source(dataset):
+    """The data set itself, under what was put around it: Cached, NegativeFrames, a loader."""
+    while hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return dataset
 
 
 class Cached(Dataset):
@@ -719,12 +727,12 @@ def run_ffmpeg(path, folder):
     # Sound that starts later than the picture, or has gaps, keeps its place: silence fills them.
     sound = "-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar 16000 -c:a pcm_s16le sound.wav"
     command = source + pictures.split() + sound.split()
-    run = subprocess.run(command, cwd=unfinished, capture_output=True, text=True, errors="replace")
-    if run.returncode != 0 or not exists(f"{unfinished}/0001.jpg"):
+    done = subprocess.run(command, cwd=unfinished, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0 or not exists(f"{unfinished}/0001.jpg"):
         shutil.rmtree(unfinished)
         for stream, name in (("'0:v:0'", "pictures"), ("'0:a:0'", "sound")):
-            require(stream not in run.stderr, f"{path} has no {name}, and both are wanted")
-        reason = run.stderr.strip().splitlines() or ["no frame came out"]
+            require(stream not in done.stderr, f"{path} has no {name}, and both are wanted")
+        reason = done.stderr.strip().splitlines() or ["no frame came out"]
         raise InputError(f"{path} is no video to ffmpeg: {reason[-1]}")
     os.replace(unfinished, folder)
 
@@ -734,18 +742,19 @@ def extract(videos, out, jobs):
     names = sorted(name for name in os.listdir(videos) if not name.startswith("."))
     stems = Counter(splitext(name)[0] for name in names)
 
-    def fault_of(name):
-        """What is wrong, as text: an exception would end the other videos too."""
+    def extract_one(name):
+        """-> what is wrong, or "" if nothing is: an exception would end the other videos too."""
         if stems[splitext(name)[0]] > 1:
             return f"{name}: another file has the same name; rename one of them"
         try:
             extract_video(f"{videos}/{name}", out)
         except InputError as error:
             return str(error)
+        return ""
 
     with ThreadPool(jobs) as pool:
-        results = list(progress(pool.imap(fault_of, names), "extract", len(names)))
-    faults = [fault for fault in results if fault is not None]
+        results = list(progress(pool.imap(extract_one, names), "extract", len(names)))
+    faults = [fault for fault in results if fault]
     for fault in faults:
         print(fault)
     print(f"{len(names) - len(faults)} of {len(names)} videos are in {out}")
@@ -759,8 +768,8 @@ def extract(videos, out, jobs):
 def fault_of(dataset, i):
     """Read item i. Returns what is wrong with it, or "" if nothing is.
 
-    Missing and corrupt files make training fail. A short or silent sound does no harm but to the
-    score: what it lacks is silence.
+    Missing and corrupt files make training fail. A sound that is silent or ends early does no harm
+    but to the score.
     """
     missing = [path for path in dataset.files(i) if not exists(path)]
     if missing:
@@ -773,7 +782,7 @@ def fault_of(dataset, i):
     loud = dataset.seconds(i).abs() > 1e-4  # (T, 16000)
     if loud[-1].any() or not wav.endswith(".wav"):  # UCF101 has clips without sound
         return ""
-    return f"short: {wav}" if loud.any() else f"silent: {wav}"
+    return f"no sound at its end: {wav}" if loud.any() else f"silent: {wav}"
 
 
 def check(task, root, size):
@@ -789,7 +798,7 @@ def check(task, root, size):
             continue
         items = progress(distinct_items(dataset), f"check {split}")
         faults = [fault_of(dataset, i) for i in items]
-        faults = sorted(fault for fault in faults if fault)  # corrupt, missing, short, silent
+        faults = sorted(fault for fault in faults if fault)  # corrupt, missing, no sound, silent
         print(f"{split}: {len(dataset)} items, {len(faults)} faults")
         for fault in faults[:20]:
             print(f"  {fault}")
@@ -1076,14 +1085,14 @@ def render(things, size, rng):
     return to_image(image * light + grain), masks
 
 
-def place(shape, colour, rng, smallest=0.14, largest=0.24):
+def place(shape, colour, rng, smallest, largest):
     """A thing of random size at a random place, whole within the image."""
     radius = rng.uniform(smallest, largest)
     x, y = rng.uniform(radius, 1 - radius, 2)
     return Thing(shape, colour, x, y, radius)
 
 
-# What the nano backbone is pretrained on, in ImageNet's place.
+# The images that the nano backbone is pretrained on; they stand for ImageNet.
 
 
 def stripes(direction, period, size, rng):
@@ -1094,10 +1103,10 @@ def stripes(direction, period, size, rng):
     x = np.arange(size)[None, :]
     y = np.arange(size)[:, None]
     across = np.cos(angle) * x + np.sin(angle) * y
-    wave = tone(1 / period, across + period * rng.uniform())
+    brightness = tone(1 / period, across + period * rng.uniform())
     background, _ = render([], size, rng)
     contrast = rng.uniform(-90, 90, (3, 1, 1))
-    return to_image(background.numpy() + contrast * wave)
+    return to_image(background.numpy() + contrast * brightness)
 
 
 PERIODS = [3.5, 6, 11]  # pixels
@@ -1371,7 +1380,8 @@ def toy_avqa(root, rng):
 
     Were the drum heard, the last two answers would be "one" and "yes". The ear alone knows that no
     drum sounds, but not that no horn is there; the eye alone knows the reverse. No question asks
-    what comes first or stands left: the published head averages over seconds and places."""
+    what comes first or stands left: the published head pools seconds and places by weights that
+    know no order."""
     rows = {split: [] for split in TOY_CLIPS["avqa"]}
     for split, video in toy_clips("avqa"):
         count = rng.integers(1, 3)
@@ -1396,7 +1406,7 @@ def toy_avqa(root, rng):
 
 
 def toy_ucf101(root, rng):
-    """The UCF101 layout: nine actions, each something seen to something heard.
+    """The UCF101 layout: nine actions, each a pair of something seen and something heard.
 
     A bell, a flute or a drum moves, to the sound of a horn, of a rattle or, as in half of the real
     classes, to none. One sense alone knows one action in three."""
@@ -1449,7 +1459,8 @@ def parse():
 
 def run(args):
     """One command. Returns its exit code."""
-    require(args.size > 15 and args.seed >= 0 and args.jobs > 0, "a number is too small")
+    least = "at least 16 for --size, 1 for --jobs, 0 for --seed"
+    require(args.size > 15 and args.jobs > 0 and args.seed >= 0, least)
     if args.command == "extract":
         return extract(args.source, args.root, args.jobs)
     task = args.source

@@ -5,8 +5,8 @@
 Bertasius, CVPR 2023, https://arxiv.org/abs/2212.07983
 
 A frozen image transformer runs on video frames and, with the very same weights, on audio
-spectrograms shown to it as images. Beside every attention and every MLP stands a small trainable
-adapter per stream, through which each stream reads a summary of the other one:
+spectrograms shown to it as images. A small trainable adapter works beside every attention and every
+MLP, one for each stream. Through it the stream reads a summary of the other one:
 
     Y_v = X_v + MSA(X_v) + LAV(X_v <- X_a)      Z_v = Y_v + MLP(Y_v) + LAV(Y_v <- Y_a)
     Y_a = X_a + MSA(X_a) + LAV(X_a <- X_v)      Z_a = Y_a + MLP(Y_a) + LAV(Y_a <- Y_v)
@@ -27,8 +27,9 @@ Glossary
     visual, audio                            per stage, the tokens of the two streams
 
 Read from top to bottom: the adapter, the two streams, how sound becomes an image, the tasks' heads,
-then the frozen backbones and how their weights are loaded. `python lavish.py` follows one clip
-through a small net and prints the parameter counts.
+then the frozen backbones and how their weights are loaded. `require` raises an InputError, one line
+for the user; both are at the end. `python lavish.py` follows one clip through a small net and
+prints the parameter counts.
 
 "Released" names a file and line of the authors' code, github.com/GenjiB/LAVISH at 97722b0.
 """
@@ -110,8 +111,8 @@ class LavishAdapter(nn.Module):
 class Lavish(nn.Module):
     """A frozen backbone with adapters beside every residual branch (Fig. 2).
 
-    frames (BT,3,S,S) normalised as the backbone's pretraining images, spectrograms (BT,S,S) from
-    fbank -> (visual, audio), each a list over stages of tokens (BT,N,d), the last one after the
+    frames (BT,3,S,S) normalised by ImageNet's mean and std, spectrograms (BT,S,S) from fbank
+    -> (visual, audio), each a list over stages of tokens (BT,N,d), the last one after the
     final norm.
 
     one_direction: the audio stream's adapters read nothing; vision still reads sound.
@@ -198,6 +199,11 @@ class OneStream(nn.Module):
         self.modality = modality
         self.adapters = make_adapters(backbone, 0, reduction, groups)
 
+    def train(self, mode=True):
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
     def forward(self, frames, spectrograms):
         sees = self.modality == "v"
         images = frames if sees else three_channels(spectrograms)
@@ -280,8 +286,8 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
     Raises ValueError for a waveform of another length."""
     if waveform.shape != (SAMPLE_RATE,):
         raise ValueError(f"fbank takes one second, ({SAMPLE_RATE},); got {tuple(waveform.shape)}")
-    # `size` steps span one second: 998.4 / 192 = 5.2 ms, the supplementary's shift, and the same
-    # span at other sizes. The other options: AVE/dataloader.py:171; windows of 25 ms are Kaldi's
+    # `size` steps span 998.4 ms: 192 of 5.2 ms, the supplementary's shift; other sizes have the
+    # same span. The other options: AVE/dataloader.py:171; windows of 25 ms are Kaldi's
     # default. Kaldi removes each window's mean itself.
     image = torchaudio.compliance.kaldi.fbank(
         waveform[None],
@@ -293,8 +299,8 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
     )  # (rows,size)
     # AST's convention: half a standard deviation (AVE/dataloader.py:174).
     image = (image - mean) / (2 * std)
-    # The last window must end within the second, so that there are 188 rows at size 192. The rows
-    # that pad come after the normalisation: they hold the mean level, which is not silence.
+    # The last window must end within the second, so that there are 188 rows at size 192. The four
+    # rows that are missing are zeros after the normalisation: the mean level, which is not silence.
     return F.pad(image, (0, 0, 0, size - len(image)))
 
 
@@ -306,17 +312,17 @@ class AVE(nn.Module):
     """Audio-visual event localisation: which event is seen and heard in each second (Sec. 4.1).
 
     frames (B,T,3,S,S), spectrograms (B,T,S,S) -> logits (B,T,classes), the last class background
-    extra: width of more features (B,T,extra), as VGGish's 128 (Table 3 of the supplementary)"""
+    extra_width: of features beside the sound's (B,T,extra_width); VGGish's 128 (suppl. Table 3)"""
 
     def __init__(
         self,
         net,
         classes=29,  # 28 events and the background
-        extra=0,
+        extra_width=0,
     ):
         super().__init__()
         self.net = net
-        width = 2 * net.backbone.dims[-1] + extra
+        width = 2 * net.backbone.dims[-1] + extra_width
         # Two linear layers with nothing between them (AVE/nets/net_trans.py:420-421): linear in
         # the two streams' features, so that any interaction must happen in the adapters.
         self.head = nn.Sequential(nn.Linear(width, 512), nn.Linear(512, classes))
@@ -324,7 +330,7 @@ class AVE(nn.Module):
     def forward(self, frames, spectrograms, extra=None):
         features = pooled(self.net, frames, spectrograms)  # (B,T,2d)
         if extra is not None:
-            features = torch.cat([features, extra], -1)  # (B,T,2d+extra)
+            features = torch.cat([features, extra], -1)  # (B,T,2d+extra_width)
         return self.head(features).float()
 
 
@@ -367,17 +373,13 @@ class AVS(nn.Module):
         self.mask_size = mask_size
         dims = net.backbone.dims
         require(len(dims) > 1, "segmentation needs the maps of several stages: a Swin-V2")
-        widths = [
-            channels // 4,
-            channels // 2,
-            channels * 5 // 4,
-            channels * 2,
-        ]  # 64, 128, 320, 512
+        # 64, 128, 320, 512
+        widths = [channels // 4, channels // 2, channels * 5 // 4, channels * 2]
         self.project = nn.ModuleList(nn.Linear(dim, width) for dim, width in zip(dims, widths))
         self.context = nn.ModuleList(DilatedContext(w, channels) for w in widths[: len(dims)])
         self.tpavi = None
         if tpavi:
-            self.audio = nn.Linear(dims[-1], 128)  # 128: VGGish's width, once
+            self.audio = nn.Linear(dims[-1], 128)  # TPAVI was made for VGGish's 128
             self.tpavi = nn.ModuleList(TPAVI(channels) for _ in dims)
         # The coarsest map has nothing to be added to; the released unit for it is never used.
         self.skip = nn.ModuleList(ResidualUnit(channels) for _ in dims[1:])
@@ -393,30 +395,31 @@ class AVS(nn.Module):
     def forward(self, frames, spectrograms, first_only=False):
         B, T = frames.shape[:2]
         visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
+        # Frames without a loss can go: here, or after TPAVI, which alone mixes frames.
+        step = T if first_only else 1
+        if self.tpavi is None:
+            visual = [tokens[::step] for tokens in visual]
         maps = []
         for i, tokens in enumerate(visual):
             x = to_maps(self.project[i](tokens))  # (BT,w,H,H)
-            maps.append(
-                F.interpolate(x, self.side(i + 1), mode="bicubic")
-            )  # mask_size / 4, / 8 ...
+            # Swin's maps are S/4, S/8 ... wide, the decoder's mask_size / 4, / 8 ...
+            maps.append(F.interpolate(x, self.side(i + 1), mode="bicubic"))
         sound = None
         if self.tpavi is not None:
             sound = self.audio(audio[-1].mean(1))  # (BT,128)
             sound = sound.unflatten(0, (B, T))
-        # Only TPAVI mixes frames, and it comes first in decode; then those without a loss can go.
-        logits = self.decode(maps, sound, T if first_only else 1)  # (BT,1,mask,mask)
+        logits = self.decode(maps, sound, step)  # (BT,1,mask,mask)
         logits = logits.unflatten(0, (B, -1))  # (B,T,1,mask,mask)
         return logits.squeeze(2).float()
 
-    def decode(self, maps, sound=None, step=1):
-        """maps [(BT,w,side,side)], sound (B,T,128) -> logits (BT/step,1,mask,mask) of every
-        step-th frame."""
+    def decode(self, maps, sound, step):
+        """maps [(BT,w,side,side)] -> logits (BT,1,mask,mask). With TPAVI and its sound (B,T,128),
+        of every step-th frame."""
         fused = 0
         for i in reversed(range(len(maps))):  # from coarse to fine
             x = self.context[i](maps[i])  # (BT,C,side,side)
             if self.tpavi is not None:
-                x = self.tpavi[i](x, sound)
-            x = x[::step]
+                x = self.tpavi[i](x, sound)[::step]
             if i < len(self.skip):
                 x = fused + self.skip[i](x)
             x = self.fuse[i](x)
@@ -424,7 +427,7 @@ class AVS(nn.Module):
         return self.mask(fused)
 
     def side(self, i):
-        """Map i is mask_size / 2^(i+2) wide, and grows to twice that once it is fused."""
+        """The side of map i once it is fused, mask_size / 2^(i+1); before that, side(i + 1)."""
         return self.mask_size // 2 ** (i + 1)
 
 
@@ -533,28 +536,23 @@ class AVQA(nn.Module):
         self.answer = nn.Linear(hidden, answers)
 
     def forward(self, frames, spectrograms, question, negatives=None):
-        visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
-        if negatives is not None:
-            # Through the frozen backbone without adapters (AVQA/net_grd_avst/net_avst.py:365-368).
-            with torch.no_grad():
-                negatives = frozen_forward(self.net.backbone, negatives.flatten(0, 1))[-1]
-        return self.reason(visual[-1], audio[-1], question, negatives)
-
-    def reason(self, visual, audio, question, negatives=None):
-        """Last-stage tokens (BT,N,d) of the streams and of the negatives -> as forward."""
         B = len(question)
-        question = self.encode(question)  # (B,D)
-        heard = self.audio_out(self.audio_in(audio.mean(1)).relu())  # (BT,D)
-        seen = self.ground(visual, heard)  # (BT,D)
-        audio = self.when_heard(question, heard.unflatten(0, (B, -1)))  # (B,D)
-        visual = self.when_seen(question, seen.unflatten(0, (B, -1)))  # (B,D)
-        fused = torch.cat([audio, visual], -1)  # (B,2D)
+        visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
+        asked = self.encode(question)  # (B,D)
+        heard = self.audio_out(self.audio_in(audio[-1].mean(1)).relu())  # (BT,D)
+        seen = self.ground(visual[-1], heard)  # (BT,D)
+        when_heard = self.when_heard(asked, heard.unflatten(0, (B, -1)))  # (B,D)
+        when_seen = self.when_seen(asked, seen.unflatten(0, (B, -1)))  # (B,D)
+        fused = torch.cat([when_heard, when_seen], -1)  # (B,2D)
         fused = self.fusion(fused.tanh())  # (B,D)
-        answer = self.answer((question * fused).tanh()).float()  # (B,answers)
+        answer = self.answer((asked * fused).tanh()).float()  # (B,answers)
         if negatives is None:
             return answer, None
+        # Through the frozen backbone without adapters (AVQA/net_grd_avst/net_avst.py:365-368).
+        with torch.no_grad():
+            foreign = self.net.backbone(negatives.flatten(0, 1))[-1]  # (BT,N,d)
         own = torch.cat([heard, seen], -1)  # (BT,2D)
-        other = torch.cat([heard, self.ground(negatives, heard)], -1)  # (BT,2D)
+        other = torch.cat([heard, self.ground(foreign, heard)], -1)  # (BT,2D)
         return answer, self.match(torch.cat([own, other])).float()  # (2*BT,2)
 
     def encode(self, question):
@@ -567,7 +565,8 @@ class AVQA(nn.Module):
         return self.question(memory.tanh())
 
     def ground(self, visual, heard):
-        """Where? sum_n softmax_n(cos(a, v_n)) v_n / |v_n|, beside the plain mean -> (BT,D)."""
+        """Grounding in space: tokens (BT,N,d), sound (BT,D) -> (BT,D). Two views side by side: the
+        mean of the tokens, and sum_n softmax_n(cos(a, v_n)) v_n / |v_n|, where the sound is."""
         tokens = self.visual_in(visual)  # (BT,N,D)
         unit = F.normalize(tokens, dim=-1)
         cosine = unit @ F.normalize(heard, dim=-1)[..., None]  # (BT,N,1)
@@ -577,8 +576,8 @@ class AVQA(nn.Module):
 
 
 class TemporalGrounding(nn.Module):
-    """When? The question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D). Heads and
-    dropout are MUSIC-AVQA's (net_avst.py:228-241)."""
+    """Grounding in time: the question (B,D) attends to the seconds (B,T,D) of one stream -> (B,D).
+    Heads and dropout are MUSIC-AVQA's (net_avst.py:228-241)."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -709,8 +708,8 @@ class WindowAttention(torchvision.models.swin_transformer.ShiftedWindowAttention
         x = x.index_select(1, self.order).view(BT, W, n, C)
         # Keys have no bias: under the cosine it would not cancel.
         q_bias, _, v_bias = self.qkv.bias.chunk(3)
-        bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, -1)  # (BT,W,n,C) each
+        qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+        q, k, v = F.linear(x, self.qkv.weight, qkv_bias).chunk(3, -1)  # (BT,W,n,C) each
         q = q.view(BT, W, n, self.num_heads, -1).transpose(2, 3)  # (BT,W,heads,n,C/heads)
         k = k.view(BT, W, n, self.num_heads, -1).transpose(2, 3)
         v = v.view(BT, W, n, self.num_heads, -1).transpose(2, 3)
@@ -829,7 +828,8 @@ class ViT(torchvision.models.VisionTransformer):
         return VIT_NAMES
 
 
-# timm's and VideoMAE's, whose fine-tuned fc_norm comes after the mean there, before it here.
+# timm's and VideoMAE's names -> torchvision's. A fine-tuned VideoMAE applies fc_norm to the mean of
+# its tokens; here it is the last norm, before the mean.
 VIT_NAMES = [
     (r"^encoder\.(?=patch_embed|blocks|norm)", ""),
     (r"^patch_embed\.proj", "conv_proj"),
@@ -897,35 +897,35 @@ def make_backbone(name, image_size=None):
     return kind(*settings, image_size or published_size)
 
 
-def load_pretrained(backbone, checkpoint):
-    """Load weights under their publisher's names. Raises InputError for what does not fit."""
-    for key in ("model", "module", "state_dict"):
-        if isinstance(checkpoint, dict) and key in checkpoint:
-            checkpoint = checkpoint[key]
-    named = isinstance(checkpoint, dict) and all(map(torch.is_tensor, checkpoint.values()))
-    require(named, "the file of weights holds no tensors by name; give a state dict")
-    tables = {name: t for name, t in backbone.state_dict().items() if re.search(UNUSED, name)}
-    names = [*backbone.names(checkpoint), *MLP_NAMES]
-    state = {}
-    for name, tensor in checkpoint.items():
-        if re.search(UNUSED, name) or name.endswith("v_bias"):
-            continue
-        if name.endswith("q_bias"):  # Microsoft and VideoMAE store queries' and values' apart
-            v_bias = checkpoint.get(name.replace("q_bias", "v_bias"), tensor[:0])
-            tensor = torch.cat([tensor, torch.zeros_like(tensor), v_bias])
-            name = name.replace("q_bias", "qkv.bias")
-        for pattern, ours in names:
-            name = re.sub(pattern, ours, name)
-        state[name] = tensor
-    load_checked(backbone, {**tables, **state}, "the weights do not fit this backbone")
-
-
-# Neither classifier nor decoder is used, and the tables follow from the window.
+# What is not loaded: classifiers, decoders, and tables that follow from the window.
 UNUSED = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_(position|coords)|attn_mask"
 MLP_NAMES = [
     (r"mlp\.(fc|linear_)1", "mlp.0"),
     (r"mlp\.(fc|linear_)2", "mlp.3"),
 ]
+
+
+def load_pretrained(backbone, weights):
+    """Load weights under their publisher's names. Raises InputError for what does not fit."""
+    for key in ("model", "module", "state_dict"):
+        if isinstance(weights, dict) and key in weights:
+            weights = weights[key]
+    named = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
+    require(named, "the file of weights holds no tensors by name; give a state dict")
+    tables = {name: t for name, t in backbone.state_dict().items() if re.search(UNUSED, name)}
+    names = [*backbone.names(weights), *MLP_NAMES]
+    state = {}
+    for name, tensor in weights.items():
+        if re.search(UNUSED, name) or name.endswith("v_bias"):
+            continue
+        if name.endswith("q_bias"):  # Microsoft and VideoMAE store queries' and values' apart
+            v_bias = weights.get(name.replace("q_bias", "v_bias"), tensor[:0])
+            tensor = torch.cat([tensor, torch.zeros_like(tensor), v_bias])
+            name = name.replace("q_bias", "qkv.bias")
+        for pattern, ours in names:
+            name = re.sub(pattern, ours, name)
+        state[name] = tensor
+    load_checked(backbone, tables | state, "the weights do not fit this backbone")
 
 
 # ---------------------------------------------------------------- verbs to copy
@@ -954,7 +954,7 @@ def load_trained_state_dict(model, state):
     """The inverse of trained_state_dict. Raises InputError that names a key that does not fit."""
     trained = trained_state_dict(model)
     frozen = {name: t for name, t in model.state_dict().items() if name not in trained}
-    load_checked(model, {**frozen, **state}, "the checkpoint is of another configuration")
+    load_checked(model, frozen | state, "the checkpoint is of another configuration")
 
 
 def count_parameters(model):
@@ -1006,7 +1006,7 @@ def follow_a_clip():
     print(f"    logits                  {tuple(model(frames, spectrograms).shape)}")
 
 
-PAPER = """
+PAPERS_COUNTS = """
     AVE        large      2/8/2    10.1  238.8
     AVE        base12     2/8/2     5.0  114.2
     AVE        vit_base   2/8/2     4.7  107.2
@@ -1029,7 +1029,7 @@ def count_the_papers():
         "UCF101": UCF101,
     }
     print("\nhead      backbone  m/r/groups adapters   head trainable  paper    total  paper")
-    for line in PAPER.strip().splitlines():
+    for line in PAPERS_COUNTS.strip().splitlines():
         task, name, sizes, paper_trained, paper_total = line.split()
         latents, reduction, groups = map(int, sizes.split("/"))
         with torch.device("meta"):  # shapes without memory

@@ -679,9 +679,6 @@ def test_python_lavish_prints_a_clips_way_and_the_papers_parameters(capsys):
         assert line.split() in rows
 
 
-# ---------------------------------------------------------------- the scores of segmentation
-
-
 # ---------------------------------------------------------------- data, training, command line
 
 HERE = Path(train.__file__).parent
@@ -1161,7 +1158,7 @@ def silence(path):
     [
         ("video_frames/x_1/5.jpg", cut, "corrupt: ", 1),
         ("raw_audio/x_1.wav", os.remove, "missing: ", 1),
-        ("raw_audio/x_1.wav", shorten, "short: ", 0),
+        ("raw_audio/x_1.wav", shorten, "no sound at its end: ", 0),
         ("raw_audio/x_1.wav", silence, "silent: ", 0),
     ],
 )
@@ -1683,7 +1680,7 @@ def test_scores_of_events_and_actions_by_hand():
     scores = train.evaluate_ave(train.Settings("ave"), facts, Recited(answers[None]), [batch])
     assert scores["accuracy"] == 0.5
     assert scores["if all were called background"] == 0.5
-    assert scores["if every clip's event filled it"] == 0.5
+    assert scores["if each event lasted the whole clip"] == 0.5
     batch = [IMAGES, IMAGES, truth, torch.tensor([True, False, True, False])]
     scores = train.evaluate_ucf101(train.Settings("ucf101"), {}, Recited(answers), [batch])
     assert list(scores.values()) == [0.5, 1, 0]  # of all, with sound, without
