@@ -32,9 +32,9 @@ import numpy as np
 import torch
 import torchaudio
 import torchvision
-import torchvision.transforms.functional as functional
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
+from torchvision.transforms import functional
 from tqdm import tqdm
 
 from lavish import AVE_MEAN, AVE_STD, SAMPLE_RATE, InputError, fbank, require
@@ -438,7 +438,8 @@ class MusicAVQADataset(Dataset):
             require(answer in vocabulary["answers"], f"{where}no training answer is {answer!r}")
             question["indices"] = encode(question["words"], vocabulary, where)
         self.stats = stats or find_stats(root, "avqa", size)
-        self.video = None  # the one that was read last; self.frames and self.spectrograms are its
+        self.video = None  # the one that was read last
+        self.clip = None  # its frames and spectrograms
 
     def __len__(self):
         return len(self.questions)
@@ -463,11 +464,12 @@ class MusicAVQADataset(Dataset):
             # Frame and sound of a moment are of the same second: there is one frame a second.
             *paths, _ = self.files(i)
             at = evenly(len(paths), self.count)
-            self.frames = read_frames([paths[second] for second in at], self.size)
-            self.spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
+            frames = read_frames([paths[second] for second in at], self.size)
+            self.clip = (frames, spectrograms_of(self.seconds(i), self.size, self.stats))
             self.video = question["video"]
+        frames, spectrograms = self.clip
         answer = self.vocabulary["answers"].index(question["answer"])
-        return self.frames, self.spectrograms, question["indices"], torch.tensor(answer)
+        return frames, spectrograms, question["indices"], torch.tensor(answer)
 
 
 def evenly(length, count):
@@ -771,14 +773,15 @@ def fault_of(dataset, i):
     Missing and corrupt files make training fail. A sound that is silent or ends early does no harm
     but to the score.
     """
-    missing = [path for path in dataset.files(i) if not exists(path)]
+    paths = dataset.files(i)
+    missing = [path for path in paths if not exists(path)]
     if missing:
         return f"missing: {missing[0]}"
     try:
         dataset.__getitem__(i)
     except InputError as error:
         return f"corrupt: {error}"
-    wav = dataset.files(i)[-1]
+    wav = paths[-1]
     loud = dataset.seconds(i).abs() > 1e-4  # (T, 16000)
     if loud[-1].any() or not wav.endswith(".wav"):  # UCF101 has clips without sound
         return ""

@@ -1737,12 +1737,13 @@ def test_a_film_of_two_clips_gives_the_models_answers_back(toys, capsys, monkeyp
 
     clips = [(frames, wav) for *frames, wav in (items.files(0), items.files(1))]
     film("-a film.mp4", *clips)
-    main("predict run './-a film.mp4'")
+    main("predict run './-a film.mp4' --out=new")
     found = re.findall(r"\d+ s  (\w+)", capsys.readouterr().out)
     names = [*facts["classes"], "background"]
     right = [name == names[k] for name, k in zip(found, wanted)]
     assert len(found) == 20
     assert sum(right) >= 17  # a film loses a little
+    assert os.listdir("new")
 
 
 def test_predict_reads_a_video_as_the_data_set_does(roots, monkeypatch):

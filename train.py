@@ -1133,8 +1133,8 @@ def look(settings, model, clip):
     heats = []  # of the one pass that is looked at
     inputs = [x[None] for x in clip]  # a batch of one
 
-    def keep(adapter, inputs):
-        attention = (adapter.latents @ inputs[1].transpose(1, 2)).softmax(-1)  # (T,m,N)
+    def keep(adapter, tokens):
+        attention = (adapter.latents @ tokens[1].transpose(1, 2)).softmax(-1)  # (T,m,N)
         heat = attention.mean(1) / attention.mean(1).amax(1, keepdim=True)  # (T,N)
         heats.append(lavish.to_maps(heat[..., None].cpu()))
 
@@ -1163,19 +1163,22 @@ def report(runs):
         path = os.path.join(run, "result.json")
         require(os.path.exists(path), f"no {path}: that run is not done; leave it out")
         result = data.read_json(path)
-        require("settings" in result, f"{path} is no result of a run; leave it out")
-        settings = {**result["settings"], "seed": 0, **dict.fromkeys(PLACES)}
-        folder = os.path.basename(os.path.normpath(result["settings"]["data"]))
+        try:
+            settings = {**result["settings"], "seed": 0, **dict.fromkeys(PLACES)}
+            folder = os.path.basename(os.path.normpath(result["settings"]["data"]))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
         groups[folder, str(settings)].append(result)
     print("  test  +- std  n  trainable   GFLOP  seconds  the first of them")
     for results in groups.values():
         first = results[0]
         tests = [result["test"] for result in results]
         spread = np.std(tests, ddof=1) if len(tests) > 1 else float("nan")
+        seconds = np.mean([result["seconds"] for result in results])
         print(
             f"{np.mean(tests):6.3f} {spread:7.3f} {len(tests):2} "
-            f"{first['trainable_parameters'] / 1e6:9.2f}M {first['gflop']:7.2f} "
-            f"{np.mean([result['seconds'] for result in results]):8.0f}  {first['settings']['out']}"
+            f"{first['trainable_parameters'] / 1e6:9.2f}M {first['gflop']:7.2f} {seconds:8.0f}  "
+            f"{first['settings']['out']}"
         )
 
 
