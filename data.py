@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Data: sound and frames from disk, one Dataset for each data set, and toys of the same layouts.
 
-    python data.py extract VIDEOS ROOT [--jobs N]   videos -> frames and sounds
+    python data.py extract VIDEOS ROOT   videos -> frames and sounds
     python data.py check TASK ROOT [--size S]       read every item, print what is wrong
     python data.py stats TASK ROOT [--size S]       mean and std of the spectrograms, kept in ROOT
     python data.py toy TASK ROOT [--seed N]         write the toy data set
@@ -16,6 +16,7 @@ Shapes: T = seconds (or frames) of a clip, S = image side, N = samples of a soun
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,6 @@ import subprocess
 import sys
 import wave
 from collections import Counter
-from multiprocessing.pool import ThreadPool
 from os.path import basename, dirname, exists, isdir, splitext
 from typing import NamedTuple
 
@@ -63,8 +63,7 @@ def read_wav(path):
             # A header may claim more samples than the file holds: read as far as the file goes.
             content = file.readframes(min(count, os.path.getsize(path)))
     except (wave.Error, EOFError, OSError) as error:
-        reason = str(error) or "its header is cut"
-        raise InputError(f"{path} is not a 16-bit PCM wav ({reason}); {convert}") from None
+        raise InputError(f"{path} is not a 16-bit PCM wav ({error!r}); {convert}") from None
     require(width == 2 and rate > 0, f"{path} has {8 * width} bit at {rate} Hz; {convert}")
 
     whole = len(content) // (2 * channels) * channels  # a cut file may end within a sample
@@ -97,8 +96,7 @@ def spectrograms_of(seconds, size, stats):
 
 def read_image(path):
     """A jpg or png of 8 bits per channel -> (3, height, width) uint8."""
-    folder, name = os.path.split(path)
-    require(exists(path), f"no {name} in {folder}; data.py check lists all that is missing")
+    require(exists(path), f"no image at {path}; data.py check lists all that is missing")
     try:
         image = torchvision.io.decode_image(path, mode="RGB")
     except (RuntimeError, ValueError) as error:
@@ -195,17 +193,9 @@ def missing_files(dataset):
 # the data and on the size of the image, which sets the width of a step in time and of a mel bin.
 
 
-def read_stats(root):
-    """ROOT/fbank.json: {"192": [mean, std]}, by the size of the image. Empty without the file."""
-    path = f"{root}/fbank.json"
-    stats = read_json(path) if exists(path) else {}
-    try:
-        for mean, std in stats.values():
-            require(abs(mean) < 100 and 0 < std < 100, "out of range")  # NaN fails too
-    except (ValueError, TypeError, AttributeError):
-        wanted = '{"192": [mean, std]}'
-        raise InputError(f"{path} is not {wanted}; remove it and run data.py stats") from None
-    return stats
+def stats_path(root, size):
+    """Where the statistics for images of `size` pixels are kept, as [mean, std]."""
+    return f"{root}/fbank{size}.json"
 
 
 def find_stats(root, task, size):
@@ -214,13 +204,20 @@ def find_stats(root, task, size):
     AVE's released statistics hold for AVE at 192 pixels (AVE/dataloader.py:84-85). Elsewhere they
     are a stand-in: spectrograms then have neither zero mean nor the same spread.
     """
-    stats = read_stats(root).get(str(size))
-    if stats is None and (task, size) != ("ave", 192):
+    path = stats_path(root, size)
+    if exists(path):
+        try:
+            mean, std = read_json(path)
+            require(abs(mean) < 100 and 0 < std < 100, "out of range")  # NaN fails too
+        except (ValueError, TypeError):
+            raise InputError(f"{path} is not [mean, std]; remove it, run data.py stats") from None
+        return [mean, std]
+    if (task, size) != ("ave", 192):
         print(
             f"{root}: no statistics for spectrograms of size {size}, so AVE's of size 192 are used;"
             f" to measure its own: python data.py stats {task} {root} --size {size}"
         )
-    return stats or [AVE_MEAN, AVE_STD]
+    return [AVE_MEAN, AVE_STD]
 
 
 # ---------------------------------------------------------------- AVE
@@ -237,8 +234,8 @@ class AVEDataset(Dataset):
         root/video_frames/ID/*.jpg                 at any rate
         root/raw_audio/ID.wav
 
-    item: frames (10, 3, S, S), spectrograms (10, S, S), labels (10,) int64
-          and, with extra_audio, features (10, 128)
+    item: frames (10, 3, S, S), spectrograms (10, S, S), with extra_audio features (10, 128),
+          labels (10,) int64
 
     Categories are numbered in the order in which Annotations.txt names them; background comes last
     (28 in the real data). One real row has start = end = 0: all of it is background.
@@ -252,7 +249,7 @@ class AVEDataset(Dataset):
 
         rows = read_lines(f"{root}/Annotations.txt")
         if rows[0].startswith("Category&"):  # the zip's copy has a header, all others have none
-            rows = rows[1:]
+            rows.pop(0)
         categories = [row.split("&")[0] for row in rows]
         self.classes = list(dict.fromkeys(categories))
 
@@ -269,7 +266,7 @@ class AVEDataset(Dataset):
             category, video, start, end = match.groups()
             self.clips.append((video, self.classes.index(category), int(start), int(end)))
 
-        self.extra = None
+        self.extra = {}  # {line: features}
         if extra_audio:
             self.extra = read_features(extra_audio, rows)
             for line in self.lines:
@@ -304,9 +301,9 @@ class AVEDataset(Dataset):
         # Second t holds the event if start <= t < end, otherwise background.
         labels = torch.full((10,), len(self.classes))
         labels[start:end] = label
-        if self.extra is None:
-            return frames, spectrograms, labels
-        return frames, spectrograms, labels, self.extra[self.lines[i]]
+        if self.extra:
+            return frames, spectrograms, self.extra[self.lines[i]], labels
+        return frames, spectrograms, labels
 
 
 def read_features(path, rows):
@@ -344,15 +341,10 @@ class AVSBenchDataset(Dataset):
         path = f"{root}/s4_meta_data.csv"
         self.clips = []  # (name, category)
         for row in csv.DictReader(read_lines(path)):
-            columns = [row.get(column) for column in ("name", "category", "split")]
-            require(
-                all(columns),
-                f"{path}: a row lacks its name, category or split (the first line names the "
-                f"columns): {row}",
-            )
-            name, category, its_split = columns
-            if its_split == split:
-                self.clips.append((name, category))
+            fault = f"{path}: no name, category or split, the columns that line 1 names, in {row}"
+            require(row.get("name") and row.get("category") and row.get("split"), fault)
+            if row["split"] == split:
+                self.clips.append((row["name"], row["category"]))
         require(self.clips, f"{path} lists no {split} clips")
 
         # All masks have the size of the first: a batch of them is one tensor.
@@ -433,10 +425,10 @@ class MusicAVQADataset(Dataset):
 
         # A word or an answer that training does not have ends here and not in the middle of a test.
         for question in self.questions:
-            where = f"question {question['id']} of {split}: "
             answer = question["answer"]
-            require(answer in vocabulary["answers"], f"{where}no training answer is {answer!r}")
-            question["indices"] = encode(question["words"], vocabulary, where)
+            fault = f"avqa-{split}.json: no training question has the answer {answer!r}"
+            require(answer in vocabulary["answers"], fault)
+            question["indices"] = encode(question["words"], vocabulary)
         self.stats = stats or find_stats(root, "avqa", size)
         self.video = None  # the one that was read last
         self.clip = None  # its frames and spectrograms
@@ -493,7 +485,6 @@ def read_questions(path):
             modality, kind = json.loads(row["type"])  # "Audio-Visual", "Counting"
             values = json.loads(row["templ_values"])
             question = {
-                "id": row["question_id"],
                 "video": str(row["video_id"]),
                 "type": (modality, kind),
                 "words": fill_template(row["question_content"], values),
@@ -532,14 +523,15 @@ def make_vocabulary(questions):
     }
 
 
-def encode(words, vocabulary, where=""):
-    """Words -> their indices (W,), padded with 0. `where` begins the message for a wrong word."""
+def encode(words, vocabulary):
+    """Words -> their indices (W,), padded with 0. InputError for one that training has not."""
     known = vocabulary["words"]
     length = vocabulary["length"]
     for word in words:
-        message = f"{where}no training question has {word!r}; known: {' '.join(known[1:])}"
-        require(word in known, message)
-    require(len(words) <= length, f"{where}more than {length} words, the most that training has")
+        fault = f"no training question has the word {word!r}; known: {' '.join(known[1:])}"
+        require(word in known, fault)
+    fault = f"{' '.join(words)} has more than {length} words, the most that training has"
+    require(len(words) <= length, fault)
     indices = [known.index(word) for word in words]
     return torch.tensor(indices + [0] * (length - len(words)))
 
@@ -547,7 +539,7 @@ def encode(words, vocabulary, where=""):
 class NegativeFrames(Dataset):
     """Training items of MUSIC-AVQA with negatives for the grounding's match loss.
 
-    item: as MusicAVQADataset's, then negatives (T, 3, S, S): frames of other videos of the split
+    item: as MusicAVQADataset's, before the answer negatives (T, 3, S, S): frames of other videos
 
     As in the release (dataloader_avst.py:196-229), they are drawn anew in each epoch. They depend
     on (seed, epoch, item) alone, so a resumed run draws the same. The training loop sets `epoch`
@@ -579,7 +571,7 @@ class NegativeFrames(Dataset):
             paths = frame_paths(video_folder(self.source.root, video))
             drawn.append(paths[rng.integers(len(paths))])
         negatives = read_frames(drawn, self.source.size)
-        return frames, spectrograms, question, answer, negatives
+        return frames, spectrograms, question, negatives, answer
 
 
 # ---------------------------------------------------------------- UCF101
@@ -592,7 +584,7 @@ class UCF101Dataset(Dataset):
         root/video_frames/ID/*.jpg                         8 frames a second or more
         root/raw_audio/ID.wav                              half of the classes have none
 
-    item: frames (16, 3, S, S), spectrograms (8, S, S), label () int64, audible () bool
+    item: frames (16, 3, S, S), spectrograms (8, S, S), label () int64
 
     No official list has a val split: groups 24 and 25 of training are it (the clips of a group are
     cut from one video, so groups must not be torn apart). The release has no code for UCF101.
@@ -604,7 +596,8 @@ class UCF101Dataset(Dataset):
         self.size = size
         self.classes = [line.split()[-1] for line in read_lines(f"{root}/classInd.txt")]
 
-        path = f"{root}/testlist01.txt" if split == "test" else f"{root}/trainlist01.txt"
+        name = "testlist01" if split == "test" else "trainlist01"
+        path = f"{root}/{name}.txt"
         self.clips = []  # (video, label)
         for number, line in enumerate(read_lines(path), 1):
             match = re.fullmatch(r"(\w+)/(\w+_g(\d\d)_c\d\d)\.avi( \d+)?", line)
@@ -616,8 +609,8 @@ class UCF101Dataset(Dataset):
             # The folder names the class. File names differ in case: the real list has
             # HandstandPushups/v_HandStandPushups_g01_c01.avi.
             folder, video, group, _ = match.groups()
-            is_val = int(group) >= 24
-            if split == "test" or is_val == (split == "val"):
+            part = "val" if int(group) >= 24 else "train"  # of the training list
+            if split in ("test", part):
                 self.clips.append((video, self.classes.index(folder)))
         require(self.clips, f"{path} lists no {split} clips (groups 24 and 25 are val)")
         self.stats = stats or find_stats(root, "ucf101", size)
@@ -646,8 +639,7 @@ class UCF101Dataset(Dataset):
         centres = [(2 * k + 1) * len(paths) // 32 for k in range(16)]
         frames = read_frames([paths[c] for c in centres], self.size)
         spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
-        audible = exists(wav_path(self.root, video))
-        return frames, spectrograms, torch.tensor(label), torch.tensor(audible)
+        return frames, spectrograms, torch.tensor(label)
 
 
 # ---------------------------------------------------------------- all data sets
@@ -661,18 +653,12 @@ def source(dataset):
     return dataset
 
 
-class Cached(Dataset):
+class Cached(list):
     """All items of a dataset, read once and kept in memory by the process that reads them."""
 
     def __init__(self, dataset):
+        super().__init__(dataset[i] for i in progress(range(len(dataset)), "read"))
         self.dataset = dataset
-        self.items = [dataset[i] for i in progress(range(len(dataset)), "read")]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.items[i]
 
 
 DATASETS = {
@@ -732,119 +718,84 @@ def run_ffmpeg(path, folder):
     done = subprocess.run(command, cwd=unfinished, capture_output=True, text=True, errors="replace")
     if done.returncode != 0 or not exists(f"{unfinished}/0001.jpg"):
         shutil.rmtree(unfinished)
-        for stream, name in (("'0:v:0'", "pictures"), ("'0:a:0'", "sound")):
-            require(stream not in done.stderr, f"{path} has no {name}, and both are wanted")
-        reason = done.stderr.strip().splitlines() or ["no frame came out"]
-        raise InputError(f"{path} is no video to ffmpeg: {reason[-1]}")
+        reason = " ".join(done.stderr.split())
+        raise InputError(f"{path} wants pictures and sound that ffmpeg can read: {reason}")
     os.replace(unfinished, folder)
 
 
-def extract(videos, out, jobs):
-    """Extract all videos of a folder, `jobs` at a time. Returns the exit code."""
+def extract(videos, root):
+    """Extract all videos of a folder. Returns the exit code. ffmpeg itself uses all processors."""
     names = sorted(name for name in os.listdir(videos) if not name.startswith("."))
     stems = Counter(splitext(name)[0] for name in names)
-
-    def extract_one(name):
-        """-> what is wrong, or "" if nothing is: an exception would end the other videos too."""
-        if stems[splitext(name)[0]] > 1:
-            return f"{name}: another file has the same name; rename one of them"
+    faults = []
+    for name in progress(names, "extract"):
         try:
-            extract_video(f"{videos}/{name}", out)
+            other = f"{name}: another file has the same name; rename one of them"
+            require(stems[splitext(name)[0]] == 1, other)
+            extract_video(f"{videos}/{name}", root)
         except InputError as error:
-            return str(error)
-        return ""
-
-    with ThreadPool(jobs) as pool:
-        results = list(progress(pool.imap(extract_one, names), "extract", len(names)))
-    faults = [fault for fault in results if fault]
+            faults.append(error)  # and go on: one video must not end the others
     for fault in faults:
         print(fault)
-    print(f"{len(names) - len(faults)} of {len(names)} videos are in {out}")
-    print(f"Next, with the annotations in place: python data.py check TASK {out}")
+    print(f"{len(names) - len(faults)} of {len(names)} videos are in {root}")
+    print(f"Next, with the annotations in place: python data.py check TASK {root}")
     return 1 if faults else 0
 
 
 # ---------------------------------------------------------------- commands: check, stats
 
 
-def fault_of(dataset, i):
-    """Read item i. Returns what is wrong with it, or "" if nothing is.
-
-    Missing and corrupt files make training fail. A sound that is silent or ends early does no harm
-    but to the score.
-    """
-    paths = dataset.files(i)
-    missing = [path for path in paths if not exists(path)]
-    if missing:
-        return f"missing: {missing[0]}"
-    try:
-        dataset.__getitem__(i)
-    except InputError as error:
-        return f"corrupt: {error}"
-    wav = paths[-1]
-    loud = dataset.seconds(i).abs() > 1e-4  # (T, 16000)
-    if loud[-1].any() or not wav.endswith(".wav"):  # UCF101 has clips without sound
-        return ""
-    return f"no sound at its end: {wav}" if loud.any() else f"silent: {wav}"
-
-
 def check(task, root, size):
     """Read every item of the three splits, print what is wrong. Returns the exit code."""
     stats = find_stats(root, task, size)
-    code = 0
+    faults = []
     for split in ("train", "val", "test"):
         try:
             dataset = DATASETS[task](root, split, size, stats)
         except InputError as error:
-            print(f"{split}: {error}")
-            code = 1
+            faults.append(f"{split}: {error}")
             continue
-        items = progress(distinct_items(dataset), f"check {split}")
-        faults = [fault_of(dataset, i) for i in items]
-        faults = sorted(fault for fault in faults if fault)  # corrupt, missing, no sound, silent
-        print(f"{split}: {len(dataset)} items, {len(faults)} faults")
-        for fault in faults[:20]:
-            print(f"  {fault}")
-        if len(faults) > 20:
-            print(f"  and {len(faults) - 20} more")
-        if any(fault.startswith(("corrupt", "missing")) for fault in faults):
-            code = 1
-
-    if code == 0:
-        print(f"What the items use can be read. Next: python train.py {task} --data {root}")
-    else:
-        print("Training would fail: mend what is missing or corrupt.")
-    return code
+        for i in progress(distinct_items(dataset), f"check {split}"):
+            try:
+                dataset.__getitem__(i)
+            except InputError as error:
+                faults.append(f"{split}: {error}")
+        print(f"{split}: {len(dataset)} items")
+    for fault in faults:
+        print(fault)
+    if faults:
+        print(f"Training would fail: mend these {len(faults)}.")
+        return 1
+    print(f"All items can be read. Next: python train.py {task} --data {root}")
+    return 0
 
 
 def measure_stats(task, root, size):
-    """[mean, std] of the training spectrograms before normalisation, kept in ROOT/fbank.json.
+    """[mean, std] of the training spectrograms before normalisation, kept in ROOT.
 
     As the authors measured theirs (AVE/compute_audio_mean.py:95-111): the mean of all seconds'
-    means and the mean of their stds. The rows with which fbank pads an image are left out: they
-    are no sound.
+    means and the mean of their stds. What is no sound is left out: clips without any (UCF101 has
+    them), and the rows with which fbank pads an image.
     """
     raw = (0.0, 0.5)  # with these, fbank's (x - mean) / (2 std) changes nothing
     dataset = DATASETS[task](root, "train", size, raw)
     measured = []  # (mean, std) of each second
     for i in progress(distinct_items(dataset), "stats"):
-        *_, last = dataset.files(i)
-        if not last.endswith(".wav"):  # UCF101 has clips without sound
+        seconds = dataset.seconds(i)  # (T, 16000)
+        if not seconds.any():
             continue
-        for spectrogram in spectrograms_of(dataset.seconds(i), size, raw):
+        for spectrogram in spectrograms_of(seconds, size, raw):
             rows = spectrogram[spectrogram.abs().sum(1) > 0]  # padding is exactly zero
             measured.append((rows.mean().item(), rows.std().item()))
     require(measured, f"no training clip of {root} has sound")
-
-    stats = read_stats(root)
-    stats[str(size)] = [float(np.mean(column)) for column in zip(*measured)]
-    write_lines([json.dumps(stats)], f"{root}/fbank.json")
-    return stats[str(size)]
+    stats = np.mean(measured, 0).tolist()
+    write_lines([json.dumps(stats)], stats_path(root, size))
+    return stats
 
 
-def progress(iterable, text, total=None):
+def progress(iterable, text):
     """A progress bar on a terminal, nothing in a log file."""
-    return tqdm(iterable, text, total, leave=False, disable=None, ncols=79)
+    return tqdm(iterable, text, leave=False, disable=None, ncols=79)
 
 
 # ---------------------------------------------------------------- files, whole or not at all
@@ -892,7 +843,7 @@ def load_tensors(path):
 
 
 # ---------------------------------------------------------------- the toys: looks and timbres
-# Six instruments, each with a shape and a colour to see and a timbre to hear. Place, size, pitch,
+# Four instruments, each with a shape and a colour to see and a timbre to hear. Place, size, pitch,
 # loudness and noise are drawn by chance.
 
 TOY_SIZE = 32  # pixels a side: what the nano backbone takes
@@ -902,243 +853,102 @@ TOY_CLIPS = {
     "avqa": {"train": 320, "val": 40, "test": 120},  # videos, each with several questions
     "ucf101": {"train": 32, "val": 4, "test": 14},  # of each of nine actions
 }
-NOISE = 0.004  # of every toy sound; full scale is 1
-
-
-# Shapes: the signed distance from an outline about 1 in radius, negative inside. A distance, and
-# not a yes or no, because render makes a soft edge of it.
-
-
-def circle(x, y):
-    return np.hypot(x, y) - 0.9
-
-
-def triangle(x, y):
-    """With its base below: y grows downwards."""
-    return np.maximum(y - 0.7, 0.87 * abs(x) - 0.5 * y - 0.45)
-
-
-def square(x, y):
-    return np.maximum(abs(x), abs(y)) - 0.8
-
-
-def ring(x, y):
-    """Twice as wide as its hole."""
-    return abs(np.hypot(x, y) - 0.75) - 0.25
-
-
-def cross(x, y):
-    """An upright and a level bar."""
-    upright = np.maximum(abs(x) - 0.3, abs(y) - 1)
-    level = np.maximum(abs(y) - 0.3, abs(x) - 1)
-    return np.minimum(upright, level)
-
-
-def diamond(x, y):
-    """A square on its corner."""
-    return abs(x) + abs(y) - 1.05
-
-
-# Timbres: sound at the times t (N,), in seconds. The pitch is a factor on all frequencies. They
-# look different in a spectrogram: lines, dots, bursts, slopes, noise.
-
-
-def tone(hertz, t):
-    """A sine."""
-    return np.sin(2 * np.pi * hertz * t)
-
-
-def since_stroke(rate, t):
-    """Seconds since the last of `rate` strokes per second."""
-    return t % (1 / rate)
-
-
-def bell(t, pitch, rng):
-    """Three partials that do not harmonise, struck twice a second and fading."""
-    partials = [tone(hertz * pitch, t) for hertz in (520, 1435, 2808)]
-    return sum(partials) * np.exp(-5 * since_stroke(2, t))
-
-
-def flute(t, pitch, rng):
-    """One tone with vibrato."""
-    vibrato = 3 * tone(5, t)
-    return np.sin(2 * np.pi * 880 * pitch * t + vibrato)
-
-
-def drum(t, pitch, rng):
-    """A low tone, struck four times a second and fading fast."""
-    return tone(90 * pitch, t) * np.exp(-12 * since_stroke(4, t))
-
-
-def horn(t, pitch, rng):
-    """A sawtooth: all harmonics."""
-    return 2 * (220 * pitch * t % 1) - 1
-
-
-def bird(t, pitch, rng):
-    """Chirps that rise, five a second."""
-    stroke = since_stroke(5, t)
-    chirp = tone((2000 + 4000 * stroke) * pitch, stroke)  # the frequency rises
-    return np.where(stroke < 0.12, chirp, 0)
-
-
-def rattle(t, pitch, rng):
-    """Bursts of noise, eight a second."""
-    noise = rng.standard_normal(len(t) + 1)
-    hiss = np.diff(noise)
-    return hiss * np.exp(-25 * since_stroke(8, t))
-
-
 COLOURS = {
     "red": (230, 60, 50),
     "green": (60, 190, 80),
     "blue": (70, 100, 235),
     "yellow": (235, 205, 60),
-    "magenta": (215, 80, 205),
-    "cyan": (70, 205, 215),
 }
-SHAPES = [circle, triangle, square, ring, cross, diamond]
 
 
 class Instrument(NamedTuple):
     """What one looks and sounds like."""
 
-    shape: object
     colour: str
-    timbre: object
+    power: float  # p of the outline |x|^p + |y|^p = 1: star, diamond, circle, square
+    hertz: float  # its lowest tone
+    partials: tuple  # all of its tones, in multiples of the lowest
+    strokes: float  # per second
+    fade: float  # after a stroke, per second; 0: the tone is held
 
 
 INSTRUMENTS = {
-    "bell": Instrument(circle, "red", bell),
-    "flute": Instrument(triangle, "green", flute),
-    "drum": Instrument(square, "blue", drum),
-    "horn": Instrument(ring, "yellow", horn),
-    "bird": Instrument(cross, "magenta", bird),
-    "rattle": Instrument(diamond, "cyan", rattle),
+    "bell": Instrument("red", 2, 520, (1, 2.76, 5.4), 2, 5),  # partials that do not harmonise
+    "flute": Instrument("green", 1, 1500, (1,), 1, 0),
+    "drum": Instrument("blue", 8, 90, (1,), 4, 12),
+    "horn": Instrument("yellow", 2 / 3, 220, (1, 2, 3, 4, 5, 6, 7, 8), 1, 0),
 }
-
-
-def play(name, seconds, rng):
-    """An instrument for some seconds, of random pitch and unit power: (seconds * 16000,)."""
-    t = np.arange(seconds * SAMPLE_RATE, dtype=np.float32) / SAMPLE_RATE
-    pitch = np.float32(2 ** rng.uniform(-0.3, 0.3))  # a third of an octave up or down
-    start = np.float32(rng.uniform(0, 1))  # seconds into the pattern of strokes
-    sound = INSTRUMENTS[name].timbre(t + start, pitch, rng)
-    return sound / np.sqrt(np.mean(sound**2))
-
-
 NAMES = list(INSTRUMENTS)
 
 
 def record(name, seconds, amplitudes, rng):
-    """Noise and, unless the name is None, an instrument in it: (seconds * 16000,)."""
-    length = seconds * SAMPLE_RATE  # in samples
-    sound = NOISE * rng.standard_normal(length, dtype=np.float32)
-    if name:
-        amplitude = rng.uniform(*amplitudes)
-        sound = sound + amplitude * play(name, seconds, rng)
-    return sound
+    """Noise and, unless the name is None, an instrument of random pitch in it: (N,) float32.
+
+    The amplitude, root mean square of full scale, lies between the two amplitudes."""
+    t = np.arange(seconds * SAMPLE_RATE, dtype=np.float32) / SAMPLE_RATE  # (N,), in seconds
+    sound = 0.004 * rng.standard_normal(len(t), dtype=np.float32)
+    if name is None:
+        return sound
+    instrument = INSTRUMENTS[name]
+    t = t + rng.uniform()  # it starts somewhere in its pattern of strokes
+    hertz = instrument.hertz * 2 ** rng.uniform(-0.3, 0.3)  # a third of an octave up or down
+    tones = [np.sin(2 * np.pi * hertz * partial * t) for partial in instrument.partials]
+    since_stroke = t % (1 / instrument.strokes)
+    played = sum(tones) * np.exp(-instrument.fade * since_stroke)
+    amplitude = rng.uniform(*amplitudes) / np.sqrt(np.mean(played**2))
+    return sound + amplitude * played
 
 
 class Thing(NamedTuple):
-    """What render puts into a scene; place and radius are in units of the image's side."""
+    """What is seen in a scene; place and radius are in units of the image's side."""
 
-    shape: object
-    colour: str
+    shape: str  # that of this instrument
+    colour: str  # that of this instrument, mostly the same
     x: float
     y: float
     radius: float
 
 
-def to_image(values):
-    """Numbers (3, size, size), 0 to 255 and beyond -> uint8."""
-    pixels = np.clip(values, 0, 255).astype(np.uint8)
-    return torch.from_numpy(pixels)
-
-
-def render(things, size, rng):
-    """A noisy scene: (3, size, size) uint8, and per thing a mask (size, size) bool.
-
-    The background slopes in brightness and every pixel is noisy, so that no single pixel tells what
-    is there. Things must not overlap: each has the whole of its outline as its mask."""
-    pixel = np.arange(size, dtype=np.float32)
-    grid = (pixel + 0.5) / size
-    x = grid[None, :]  # (1,size)
-    y = grid[:, None]  # (size,1)
-
-    level = rng.uniform(40, 110, (3, 1, 1))  # of the background, in each colour
-    slope_x = rng.uniform(-40, 40, (3, 1, 1))
-    slope_y = rng.uniform(-40, 40, (3, 1, 1))
-    image = level + slope_x * (x - 0.5)
-    image = image + slope_y * (y - 0.5)  # (3, size, size)
-
-    masks = []  # of each thing
-    for thing in things:
-        dx = (x - thing.x) / thing.radius
-        dy = (y - thing.y) / thing.radius
-        distance = thing.shape(dx, dy)
-        pixels = distance * thing.radius * size
-        cover = np.clip(0.5 - pixels, 0, 1)  # a soft edge, one pixel wide
-        colour = np.reshape(COLOURS[thing.colour], (3, 1, 1))
-        image = image + cover * (colour - image)
-        masks.append(torch.from_numpy(cover >= 0.5))
-
-    light = rng.uniform(0.8, 1.15)  # over the whole scene
-    grain = 14 * rng.standard_normal(image.shape, dtype=np.float32)
-    return to_image(image * light + grain), masks
-
-
-def place(shape, colour, rng, smallest, largest):
+def place(shape, colour, radii, rng):
     """A thing of random size at a random place, whole within the image."""
-    radius = rng.uniform(smallest, largest)
+    radius = rng.uniform(*radii)
     x, y = rng.uniform(radius, 1 - radius, 2)
     return Thing(shape, colour, x, y, radius)
 
 
-# The images that the nano backbone is pretrained on; they stand for ImageNet.
+def render(things, rng):
+    """A noisy scene: an image (3, S, S) uint8, and the mask (S, S) of each thing.
+
+    Things must not overlap: each has the whole of its outline as its mask."""
+    grid = (np.arange(TOY_SIZE) + 0.5) / TOY_SIZE
+    x = grid[None, :]  # (1, S)
+    y = grid[:, None]  # (S, 1)
+    image = rng.uniform(40, 110, (3, 1, 1))  # the background
+    masks = []
+    for thing in things:
+        power = INSTRUMENTS[thing.shape].power
+        dx = abs(x - thing.x) / thing.radius
+        dy = abs(y - thing.y) / thing.radius
+        mask = dx**power + dy**power < 1  # (S, S), what is within the outline
+        colour = COLOURS[INSTRUMENTS[thing.colour].colour]
+        image = np.where(mask, np.reshape(colour, (3, 1, 1)), image)  # (3, S, S)
+        masks.append(torch.from_numpy(mask))
+    image = image + 14 * rng.standard_normal((3, TOY_SIZE, TOY_SIZE))  # grain
+    return torch.from_numpy(np.clip(image, 0, 255)).byte(), masks
 
 
-def stripes(direction, period, size, rng):
-    """An image of stripes as in spectrograms: (3, size, size) uint8."""
-    angle = direction * np.pi / 8
-    angle = angle + rng.uniform(-0.1, 0.1)
-    period = period * rng.uniform(0.85, 1.15)  # in pixels
-    x = np.arange(size)[None, :]
-    y = np.arange(size)[:, None]
-    across = np.cos(angle) * x + np.sin(angle) * y
-    brightness = tone(1 / period, across + period * rng.uniform())
-    background, _ = render([], size, rng)
-    contrast = rng.uniform(-90, 90, (3, 1, 1))
-    return to_image(background.numpy() + contrast * brightness)
+def toy_images(count, rng):
+    """Images without sound, (count, 3, S, S) uint8, and their classes (count,), 0 to 15.
 
-
-PERIODS = [3.5, 6, 11]  # pixels
-
-
-def toy_images(count, size, rng):
-    """Images without sound: (count, 3, size, size) uint8, attributes (count, 23) of 0 and 1.
-
-    Three images in five show a thing: one of six shapes (attributes 0 to 5) in one of six colours
-    (6 to 11). The others show stripes: one of eight directions (12 to 19), one of three periods
-    (20 to 22). So each image has two attributes."""
-    colours = list(COLOURS)
+    On them the nano backbone is pretrained: they stand for ImageNet. A class is one of the four
+    shapes in one of the four colours, though an instrument has a colour of its own."""
     images = []
-    attributes = torch.zeros(count, 23)
-    for i in range(count):
-        if rng.uniform() < 0.6:
-            shape, colour = rng.integers(6, size=2)
-            thing = place(SHAPES[shape], colours[colour], rng, 0.12, 0.3)
-            image, _ = render([thing], size, rng)
-            attributes[i, shape] = 1
-            attributes[i, 6 + colour] = 1
-        else:
-            direction = rng.integers(8)
-            period = rng.integers(3)
-            image = stripes(direction, PERIODS[period], size, rng)
-            attributes[i, 12 + direction] = 1
-            attributes[i, 20 + period] = 1
+    classes = torch.from_numpy(rng.integers(16, size=count))
+    for number in classes:
+        thing = place(NAMES[number // 4], NAMES[number % 4], (0.12, 0.3), rng)
+        image, _ = render([thing], rng)
         images.append(image)
-    return torch.stack(images), attributes
+    return torch.stack(images), classes
 
 
 # ---------------------------------------------------------------- the toys: four data sets
@@ -1181,9 +991,8 @@ def write_wav(path, sound):
 
 def write_video(root, video, images, sound):
     """A toy video as it is after extraction: images (3, S, S) uint8, sound (N,) or None."""
-    folder = video_folder(root, video)
     for number, image in enumerate(images, 1):
-        write_image(f"{folder}/{number:04d}.jpg", image)
+        write_image(f"{video_folder(root, video)}/{number:04d}.jpg", image)
     if sound is not None:
         write_wav(wav_path(root, video), sound)
 
@@ -1200,22 +1009,9 @@ def toy_clips(task):
 
 # Near things are large and loud, far things small and soft: radius in units of the image's side,
 # amplitude as root mean square of full scale.
-RADIUS = {"near": (0.26, 0.32), "far": (0.11, 0.15)}
-AMPLITUDE = {"near": (0.1, 0.14), "far": (0.01, 0.014)}
+RADII = {"near": (0.26, 0.32), "far": (0.11, 0.15)}
+AMPLITUDES = {"near": (0.1, 0.14), "far": (0.01, 0.014)}
 MODERATE = (0.02, 0.1)  # amplitudes where loudness does not matter
-
-
-def ave_second(seen, heard, size, loudness, rng):
-    """One second of an AVE clip: an image (3, S, S) and a sound (16000,).
-
-    seen and heard are names of instruments or None; size and loudness are "near" or "far"."""
-    things = []
-    if seen:
-        shape, colour, _ = INSTRUMENTS[seen]
-        thing = place(shape, colour, rng, *RADIUS[size])
-        things.append(thing)
-    image, _ = render(things, TOY_SIZE, rng)
-    return image, record(heard, 1, AMPLITUDE[loudness], rng)
 
 
 def toy_ave(root, rng):
@@ -1261,9 +1057,10 @@ def toy_ave(root, rng):
                     heard = other
                 else:
                     seen = other
-            image, sound = ave_second(seen, heard, size, loudness, rng)
+            things = [place(seen, seen, RADII[size], rng)] if seen else []
+            image, _ = render(things, rng)
             images.append(image)
-            sounds.append(sound)
+            sounds.append(record(heard, 1, AMPLITUDES[loudness], rng))
         write_video(root, video, images, np.concatenate(sounds))
         lines[split].append(f"{event}&{video}&good&{start}&{start + length}")
 
@@ -1274,45 +1071,23 @@ def toy_ave(root, rng):
     write_lines(annotations, f"{root}/Annotations.txt")
 
 
-def circling(names, radii, steps, rng):
-    """One scene per step, in which instruments circle around the middle of the image.
+def film(names, count, rng):
+    """Images and masks of `count` scenes in which instruments circle around the middle.
 
     They stand evenly on a circle, so that they hardly overlap and hardly leave the image."""
+    radius = rng.uniform(0.17, 0.22)
     start = rng.uniform(0, 2 * np.pi)
-    speed = rng.uniform(-0.5, 0.5)  # radians per step
+    speed = rng.uniform(-0.5, 0.5)  # radians per scene
     scenes = []
-    for t in range(steps):
-        scene = []
+    for t in range(count):
+        things = []
         for k, name in enumerate(names):
-            angle = start + speed * t
-            angle = angle + 2 * np.pi * k / len(names)
+            angle = start + speed * t + 2 * np.pi * k / len(names)
             x = 0.5 + 0.27 * np.cos(angle)
             y = 0.5 + 0.27 * np.sin(angle)
-            shape, colour, _ = INSTRUMENTS[name]
-            thing = Thing(shape, colour, x, y, radii[k])
-            scene.append(thing)
-        scenes.append(scene)
+            things.append(Thing(name, name, x, y, radius))
+        scenes.append(render(things, rng))
     return scenes
-
-
-def film(scenes, rng):
-    """The images of scenes, each (3, S, S) uint8."""
-    images = []
-    for scene in scenes:
-        image, _ = render(scene, TOY_SIZE, rng)
-        images.append(image)
-    return images
-
-
-def write_s4_clip(root, clip, images, masks, sound):
-    """A toy clip, SPLIT/CATEGORY/NAME, as AVSBench has it; in training only frame 1 has a mask."""
-    split, _, name = clip.split("/")
-    folder = f"{root}/s4_data"
-    for k, (image, mask) in enumerate(zip(images, masks), 1):
-        write_image(f"{folder}/visual_frames/{clip}/{name}_{k}.png", image)
-        if k == 1 or split != "train":
-            write_image(f"{folder}/gt_masks/{clip}/{name}_{k}.png", mask)
-    write_wav(f"{folder}/audio_wav/{clip}.wav", sound)
 
 
 def toy_avs(root, rng):
@@ -1325,48 +1100,40 @@ def toy_avs(root, rng):
     since each pixel of the drum belongs to the mask with a probability of one third."""
     rows = ["name,start,category,split"]
     for split, name in toy_clips("avs"):
-        count = rng.integers(2, 4)  # of the instruments that are seen
-        seen = rng.permutation(NAMES)[:count]
-        sounding = rng.integers(count)  # which one is heard
+        seen = rng.permutation(NAMES)[: rng.integers(2, 4)]
+        sounding = rng.integers(len(seen))  # which one is heard
         category = seen[sounding]
-        radii = rng.uniform(0.18, 0.23, count)
-        images = []
-        masks = []
-        for scene in circling(seen, radii, 5, rng):
-            image, scene_masks = render(scene, TOY_SIZE, rng)
-            images.append(image)
-            mask = scene_masks[sounding]
-            masks.append(255 * mask[None].byte())
-        sound = record(category, 5, MODERATE, rng)
-        write_s4_clip(root, f"{split}/{category}/{name}", images, masks, sound)
+        folder = f"{root}/s4_data"
+        clip = f"{split}/{category}/{name}"
+        for k, (image, masks) in enumerate(film(seen, 5, rng), 1):
+            write_image(f"{folder}/visual_frames/{clip}/{name}_{k}.png", image)
+            if k == 1 or split != "train":  # in training the first frame alone has a mask
+                mask = 255 * masks[sounding][None].byte()  # (1, S, S)
+                write_image(f"{folder}/gt_masks/{clip}/{name}_{k}.png", mask)
+        write_wav(f"{folder}/audio_wav/{clip}.wav", record(category, 5, MODERATE, rng))
         rows.append(f"{name},0,{category},{split}")
     write_lines(rows, f"{root}/s4_meta_data.csv")
 
 
-NUMBERS = ["zero", "one", "two"]
+def questions(seen, heard, asked):
+    """(type, text, values of its template, answer) of each question about a video.
 
-
-def questions(video, seen, heard, asked):
-    """The questions about a video; `asked` is the instrument whose colour one of them names."""
-    fits = heard in seen
-    rows = []
-
-    def ask(modality, kind, content, answer, *values):
-        row = {"video_id": video, "question_content": content, "anser": answer}  # [sic]
-        row["type"] = json.dumps([modality, kind])
-        row["templ_values"] = json.dumps(values)
-        rows.append(row)
-
-    ask("Visual", "Counting", "How many instruments are in the video?", NUMBERS[len(seen)])
-    ask("Audio", "Instrument", "Which instrument is sounding?", heard)
-    sounding = "one" if fits else "zero"
-    ask("Audio-Visual", "Counting", "How many instruments in the video are sounding?", sounding)
-    existential = "Is the <Colour> one sounding?"
-    answer = "yes" if fits else "no"
-    ask("Audio-Visual", "Existential", existential, answer, INSTRUMENTS[asked].colour)
-    if fits and len(seen) == 2:
-        ask("Audio-Visual", "Existential", existential, "no", INSTRUMENTS[seen[0]].colour)
-    return rows
+    `asked` is the instrument whose colour the last one names."""
+    count = "two" if len(seen) == 2 else "one"
+    sounding = "one" if heard in seen else "zero"
+    is_it = "yes" if asked == heard in seen else "no"
+    colour = INSTRUMENTS[asked].colour
+    return [
+        (["Visual", "Counting"], "How many instruments are in the video?", [], count),
+        (["Audio", "Instrument"], "Which instrument is sounding?", [], heard),
+        (
+            ["Audio-Visual", "Counting"],
+            "How many instruments in the video are sounding?",
+            [],
+            sounding,
+        ),
+        (["Audio-Visual", "Existential"], "Is the <Colour> one sounding?", [colour], is_it),
+    ]
 
 
 def toy_avqa(root, rng):
@@ -1379,7 +1146,7 @@ def toy_avqa(root, rng):
         Visual         How many instruments are in the video?             two
         Audio          Which instrument is sounding?                      horn
         Audio-Visual   How many instruments in the video are sounding?    zero
-        Audio-Visual   Is the blue one sounding? (or: the yellow one)     no
+        Audio-Visual   Is the blue one sounding? (or: red, or: yellow)    no
 
     Were the drum heard, the last two answers would be "one" and "yes". The ear alone knows that no
     drum sounds, but not that no horn is there; the eye alone knows the reverse. No question asks
@@ -1387,59 +1154,50 @@ def toy_avqa(root, rng):
     know no order."""
     rows = {split: [] for split in TOY_CLIPS["avqa"]}
     for split, video in toy_clips("avqa"):
-        count = rng.integers(1, 3)
-        *seen, heard = rng.permutation(NAMES)[: count + 1]
+        *seen, heard = rng.permutation(NAMES)[: rng.integers(2, 4)]
         if rng.uniform() < 0.5:
             heard = seen[-1]
-        asked = rng.choice([seen[-1], heard])
-
         seconds = rng.integers(3, 7)  # of the video
-        radii = rng.uniform(0.15, 0.22, count)
-        scenes = circling(seen, radii, seconds, rng)
-        images = film(scenes, rng)
-        sound = record(heard, seconds, MODERATE, rng)
-        write_video(root, video, images, sound)
-        rows[split] += questions(video, seen, heard, asked)
+        images = [image for image, _ in film(seen, seconds, rng)]
+        write_video(root, video, images, record(heard, seconds, MODERATE, rng))
+
+        asked = rng.choice([*seen, heard])
+        for kind, text, values, answer in questions(seen, heard, asked):
+            row = {
+                "video_id": video,
+                "question_id": len(rows[split]),
+                "type": json.dumps(kind),
+                "question_content": text,
+                "templ_values": json.dumps(values),
+                "anser": answer,  # [sic]
+            }
+            rows[split].append(row)
 
     for split in rows:
-        for number, row in enumerate(rows[split]):
-            row["question_id"] = number
-        text = json.dumps(rows[split], indent=1)
-        write_lines([text], f"{root}/avqa-{split}.json")
+        write_lines([json.dumps(rows[split], indent=1)], f"{root}/avqa-{split}.json")
 
 
 def toy_ucf101(root, rng):
     """The UCF101 layout: nine actions, each a pair of something seen and something heard.
 
-    A bell, a flute or a drum moves, to the sound of a horn, of a rattle or, as in half of the real
+    A bell, a flute or a drum moves, to the sound of a horn, of a drum or, as in half of the real
     classes, to none. One sense alone knows one action in three."""
     lists = {"classInd": [], "trainlist01": [], "testlist01": []}
-    actions = {}  # name: (seen, heard)
-    for seen in ("bell", "flute", "drum"):
-        for heard in ("horn", "rattle", ""):
-            name = seen.title() + heard.title()
-            actions[name] = (seen, heard)
-            lists["classInd"].append(f"{len(actions)} {name}")
-
     first_group = {"train": 8, "val": 24, "test": 1}  # two clips in each group
-    for split, count in TOY_CLIPS["ucf101"].items():
-        for i in range(count):
-            group = first_group[split] + i // 2
-            for number, name in enumerate(actions, 1):
-                seen, heard = actions[name]
-                video = f"v_{name}_g{group:02}_c{i % 2 + 1:02}"
-                radius = rng.uniform(0.15, 0.22)
-                scenes = circling([seen], [radius], 16, rng)
-                images = film(scenes, rng)
-                sound = None
-                if heard:
-                    sound = record(heard, 2, MODERATE, rng)
+    pairs = list(itertools.product(("bell", "flute", "drum"), ("horn", "drum", "nothing")))
+    for number, (seen, heard) in enumerate(progress(pairs, "toy ucf101"), 1):
+        name = f"{seen}_to_{heard}"
+        lists["classInd"].append(f"{number} {name}")
+        for split, count in TOY_CLIPS["ucf101"].items():
+            for i in range(count):
+                video = f"v_{name}_g{first_group[split] + i // 2:02}_c{i % 2 + 1:02}"
+                images = [image for image, _ in film([seen], 16, rng)]
+                sound = None if heard == "nothing" else record(heard, 2, MODERATE, rng)
                 write_video(root, video, images, sound)
-                clip = f"{name}/{video}.avi"
                 if split == "test":
-                    lists["testlist01"].append(f"{clip}\r")  # the real ones have \r too
+                    lists["testlist01"].append(f"{name}/{video}.avi")
                 else:
-                    lists["trainlist01"].append(f"{clip} {number}\r")
+                    lists["trainlist01"].append(f"{name}/{video}.avi {number}")
     for name, lines in lists.items():
         write_lines(lines, f"{root}/{name}.txt")
 
@@ -1456,23 +1214,21 @@ def parse():
     parser.add_argument("root", help="the folder of the data set")
     parser.add_argument("--size", type=int, default=192, help="of the images, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of the toy")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="videos at a time")
     return parser.parse_args()
 
 
 def run(args):
     """One command. Returns its exit code."""
-    least = "at least 16 for --size, 1 for --jobs, 0 for --seed"
-    require(args.size > 15 and args.jobs > 0 and args.seed >= 0, least)
-    if args.command == "extract":
-        return extract(args.source, args.root, args.jobs)
     task = args.source
+    require(args.size > 15 and args.seed >= 0, "--size wants at least 16, --seed at least 0")
+    if args.command == "extract":
+        return extract(args.source, args.root)
     require(task in DATASETS, f"unknown task {task!r}; there are {', '.join(DATASETS)}")
     if args.command == "check":
         return check(task, args.root, args.size)
     if args.command == "stats":
         mean, std = measure_stats(task, args.root, args.size)
-        print(f"mean {mean:.6f}  std {std:.6f}  (kept in {args.root}/fbank.json)")
+        print(f"mean {mean:.6f}  std {std:.6f}  (kept in {stats_path(args.root, args.size)})")
     else:
         make_toy(task, args.root, args.seed)
     print(f"Next: python train.py {task} --data {args.root}")

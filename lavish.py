@@ -44,7 +44,6 @@ import torch.nn.functional as F
 import torchaudio
 import torchvision
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import stochastic_depth
 
 # ---------------------------------------------------------------- the adapter
 
@@ -116,8 +115,6 @@ class Lavish(nn.Module):
     final norm.
 
     one_direction: the audio stream's adapters read nothing; vision still reads sound.
-    drop_path: stochastic depth of the frozen branches in training, rising linearly over the
-    blocks. The paper has none; released: timm's default of 0.1, by AVE/nets/net_trans.py:259,378.
     checkpoint_activations: compute each block again in the backward pass instead of keeping it."""
 
     def __init__(
@@ -127,7 +124,6 @@ class Lavish(nn.Module):
         reduction=8,  # r
         groups=2,
         one_direction=False,
-        drop_path=0.0,
         checkpoint_activations=False,
     ):
         super().__init__()
@@ -135,10 +131,6 @@ class Lavish(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.visual_adapters = make_adapters(backbone, latents, reduction, groups)
         self.audio_adapters = make_adapters(backbone, audio_latents, reduction, groups)
-        # Plain numbers, on whatever device the model is built.
-        self.drop_rates = torch.linspace(
-            0, drop_path, len(self.visual_adapters), device="cpu"
-        ).tolist()
         self.checkpoint_activations = checkpoint_activations
         if checkpoint_activations:
             count_batches_once(self)
@@ -176,8 +168,9 @@ class Lavish(nn.Module):
         audio_adapters = self.audio_adapters[number]
         for branch, adapter_v, adapter_a in zip(branches, visual_adapters, audio_adapters):
             # The frozen branch. Its weights are shared, so that both streams run as one batch.
+            # No stochastic depth, as the paper mentions none; the release has timm's default of
+            # 0.1 here (AVE/nets/net_trans.py:259,378).
             frozen = branch(torch.cat([x_v, x_a]))  # (2BT,N,d)
-            frozen = stochastic_depth(frozen, self.drop_rates[number], "row", self.training)
             frozen_v, frozen_a = frozen.chunk(2)  # (BT,N,d) each
             # The adapters. Each reads the other stream as it was before this branch.
             lav_v = adapter_v(x_v, x_a)  # LAV(X_v <- X_a)
@@ -373,6 +366,7 @@ class AVS(nn.Module):
         self.mask_size = mask_size
         dims = net.backbone.dims
         require(len(dims) > 1, "segmentation needs the maps of several stages: a Swin-V2")
+        require(channels % 8 == 0, "--channels must be a multiple of 8, by which they are divided")
         # 64, 128, 320, 512
         widths = [channels // 4, channels // 2, channels * 5 // 4, channels * 2]
         self.project = nn.ModuleList(nn.Linear(dim, width) for dim, width in zip(dims, widths))
@@ -521,6 +515,7 @@ class AVQA(nn.Module):
     ):
         super().__init__()
         self.net = net
+        require(hidden % 4 == 0, "--hidden must be a multiple of 4, the attention heads")
         dim = net.backbone.dims[-1]
         self.embedding = nn.Embedding(words, hidden)
         self.lstm = nn.LSTM(hidden, hidden, batch_first=True)
@@ -869,21 +864,33 @@ class VideoMAE(ViT):
 # ---------------------------------------------------------------- backbones and weights by name
 
 SWIN_B = (128, (2, 2, 18, 2), (4, 8, 16, 32))
-BACKBONES = {  # name: (class, its settings, image size and name of the published weights)
+TORCH = "https://download.pytorch.org/models"
+MICROSOFT = "https://github.com/SwinTransformer/storage/releases/download/v2.0.0"
+BACKBONES = {  # name: (class, its settings, image size and address of the published weights)
     "nano": (SwinV2, (32, (1, 1, 1), (2, 4, 8), 4), 32, None),  # the toys'
-    "tiny": (SwinV2, (96, (2, 2, 6, 2), (3, 6, 12, 24), 8), 256, "swin_v2_t"),  # torchvision's
-    "base": (SwinV2, (*SWIN_B, 8), 256, "swin_v2_b"),
-    "base12": (SwinV2, (*SWIN_B, 12), 192, "swinv2_base_patch4_window12_192_22k"),  # Microsoft's
+    "tiny": (
+        SwinV2,
+        (96, (2, 2, 6, 2), (3, 6, 12, 24), 8),
+        256,
+        f"{TORCH}/swin_v2_t-b137f0e2.pth",
+    ),
+    "base": (SwinV2, (*SWIN_B, 8), 256, f"{TORCH}/swin_v2_b-781e5279.pth"),
+    "base12": (
+        SwinV2,
+        (*SWIN_B, 12),
+        192,
+        f"{MICROSOFT}/swinv2_base_patch4_window12_192_22k.pth",
+    ),
     "large": (  # the paper's
         SwinV2,
         (192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
         192,
-        "swinv2_large_patch4_window12_192_22k",
+        f"{MICROSOFT}/swinv2_large_patch4_window12_192_22k.pth",
     ),
     "vit_tiny": (ViT, (12, 3, 192), 224, None),
     "vit_small": (ViT, (12, 6, 384), 224, None),
-    "vit_base": (ViT, (12, 12, 768), 224, "vit_b_16"),
-    "vit_large": (ViT, (24, 16, 1024), 224, "vit_l_16"),
+    "vit_base": (ViT, (12, 12, 768), 224, f"{TORCH}/vit_b_16-c867db91.pth"),
+    "vit_large": (ViT, (24, 16, 1024), 224, f"{TORCH}/vit_l_16-852ce7e3.pth"),
     "videomae": (VideoMAE, (12, 12, 768), 224, None),
     "videomae_nano": (VideoMAE, (4, 4, 64), 32, None),  # the toy's
 }
