@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Data: sound and frames from disk, one Dataset for each data set, and toys of the same layouts.
 
-    python data.py extract VIDEOS ROOT   videos -> frames and sounds
+    python data.py extract VIDEOS ROOT              videos -> frames and sounds
     python data.py check TASK ROOT [--size S]       read every item, print what is wrong
     python data.py stats TASK ROOT [--size S]       mean and std of the spectrograms, kept in ROOT
     python data.py toy TASK ROOT [--seed N]         write the toy data set
@@ -55,7 +55,7 @@ def read_wav(path):
     channel alone, because Kaldi's fbank takes the first row (AVE/dataloader.py:171). Here the
     channels are averaged, so that a sound on the right is heard too.
     """
-    require(exists(path), f"no sound at {path}; data.py check lists all that is missing")
+    require(exists(path), f"no sound at {path}; data.py check reads every item")
     convert = "convert it: ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav"
     try:
         with wave.open(path) as file:
@@ -96,7 +96,7 @@ def spectrograms_of(seconds, size, stats):
 
 def read_image(path):
     """A jpg or png of 8 bits per channel -> (3, height, width) uint8."""
-    require(exists(path), f"no image at {path}; data.py check lists all that is missing")
+    require(exists(path), f"no image at {path}; data.py check reads every item")
     try:
         image = torchvision.io.decode_image(path, mode="RGB")
     except (RuntimeError, ValueError) as error:
@@ -161,7 +161,7 @@ def read_lines(path):
     """The lines of a text file, stripped, without the empty ones. There must be at least one."""
     require(
         exists(path),
-        f"no {path}; the README says what a data folder holds, data.py toy makes a toy",
+        f"no {path}; is it another folder, or a run that is not done? See the README",
     )
     try:
         with open(path, encoding="utf-8") as file:
@@ -475,7 +475,7 @@ def evenly(length, count):
 
 
 def read_questions(path):
-    """The questions of one json file: dicts of id, video, type, words and answer."""
+    """The questions of one json file: dicts of video, type, words and answer."""
     rows = read_json(path)
     require(isinstance(rows, list) and rows, f"{path} should hold a list of questions")
 
@@ -708,13 +708,13 @@ def run_ffmpeg(path, folder):
 
     # An ID may begin with "-" or hold "%": ffmpeg gets an absolute path to read, and writes names
     # of ours within its own folder.
-    source = ["ffmpeg", "-nostdin", "-v", "error", "-i", os.path.abspath(path)]
+    reading = ["ffmpeg", "-nostdin", "-v", "error", "-i", os.path.abspath(path)]
     # fps=1 takes the middle of each second; -r 1 would not (the release: -r 8,
     # AVE/scripts/extract_frames.py:11).
     pictures = "-map 0:v:0 -vf fps=1 -q:v 2 %04d.jpg"
     # Sound that starts later than the picture, or has gaps, keeps its place: silence fills them.
     sound = "-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar 16000 -c:a pcm_s16le sound.wav"
-    command = source + pictures.split() + sound.split()
+    command = reading + pictures.split() + sound.split()
     done = subprocess.run(command, cwd=unfinished, capture_output=True, text=True, errors="replace")
     if done.returncode != 0 or not exists(f"{unfinished}/0001.jpg"):
         shutil.rmtree(unfinished)
@@ -730,8 +730,8 @@ def extract(videos, root):
     faults = []
     for name in progress(names, "extract"):
         try:
-            other = f"{name}: another file has the same name; rename one of them"
-            require(stems[splitext(name)[0]] == 1, other)
+            fault = f"{name}: another file has the same name; rename one of them"
+            require(stems[splitext(name)[0]] == 1, fault)
             extract_video(f"{videos}/{name}", root)
         except InputError as error:
             faults.append(error)  # and go on: one video must not end the others
@@ -799,8 +799,8 @@ def progress(iterable, text):
 
 
 # ---------------------------------------------------------------- files, whole or not at all
-# A run may be stopped at any moment. What it writes goes to a temporary name first and gets its own
-# name when it is complete, so that no reader ever meets half a file.
+# A run may be stopped at any moment. Its checkpoints and lists go to a temporary name first and get
+# their own name when they are complete, so that no reader ever meets half a file.
 
 
 def write_atomic(path, content):
@@ -832,7 +832,7 @@ def save_tensors(tensors, path):
 
 def load_tensors(path):
     """torch.load for tensors alone: a file from a stranger cannot run code."""
-    require(exists(path), f"no weights at {path}; check the path")
+    require(exists(path), f"no {path}: another path, or a run without an epoch, or done")
     try:
         # VideoMAE's own checkpoints keep their settings in an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -919,7 +919,7 @@ def place(shape, colour, radii, rng):
 def render(things, rng):
     """A noisy scene: an image (3, S, S) uint8, and the mask (S, S) of each thing.
 
-    Things must not overlap: each has the whole of its outline as its mask."""
+    Each has the whole of its outline as its mask: where two overlap, both have it."""
     grid = (np.arange(TOY_SIZE) + 0.5) / TOY_SIZE
     x = grid[None, :]  # (1, S)
     y = grid[:, None]  # (S, 1)
@@ -972,12 +972,13 @@ def make_toy(task, root, seed=0):
 
 
 def write_image(path, image):
-    """(C, S, S) uint8 as jpg or png."""
+    """(C, height, width) uint8 as jpg or png. OSError on a full disk."""
     os.makedirs(dirname(path), exist_ok=True)
     if path.endswith(".jpg"):
-        torchvision.io.write_jpeg(image, path, 95)
+        content = torchvision.io.encode_jpeg(image, 95)
     else:
-        torchvision.io.write_png(image, path)
+        content = torchvision.io.encode_png(image)
+    content.numpy().tofile(path)
 
 
 def write_wav(path, sound):
@@ -1121,7 +1122,7 @@ def questions(seen, heard, asked):
     `asked` is the instrument whose colour the last one names."""
     count = "two" if len(seen) == 2 else "one"
     sounding = "one" if heard in seen else "zero"
-    is_it = "yes" if asked == heard in seen else "no"
+    is_it = "yes" if heard == asked and heard in seen else "no"
     colour = INSTRUMENTS[asked].colour
     return [
         (["Visual", "Counting"], "How many instruments are in the video?", [], count),

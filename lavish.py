@@ -794,7 +794,8 @@ class ViT(torchvision.models.VisionTransformer):
     forward = frozen_forward
 
     def __init__(self, layers, heads, dim, image_size):
-        require(image_size % 16 == 0, f"image size {image_size} is no multiple of 16")
+        fits = image_size > 0 and image_size % 16 == 0
+        require(fits, f"image size {image_size} is no multiple of 16")
         super().__init__(image_size, 16, layers, heads, dim, 4 * dim)
         self.heads = nn.Identity()  # no classifier
         self.dims = [dim]

@@ -24,7 +24,7 @@ Glossary
     given       {setting: value} of the options on the command line
     facts       what the model must know of its data: classes or vocabulary, mask size, statistics
                 of the spectrograms; the checksum of the frozen weights; AVQA's commonest answers
-    run         settings, facts, model, data and so on in one hand, see Run
+    run         all that belongs to one run, an instance of Run; in `report`, its folder
     scores      {what: number}, the score of the task first
     B, T, S, M  clips in a batch, seconds of a clip, pixels of an image's and of a mask's side
 """
@@ -34,7 +34,6 @@ import inspect
 import json
 import os
 import re
-import shlex
 import sys
 import tempfile
 import time
@@ -60,19 +59,20 @@ from lavish import InputError, require
 
 # ---------------------------------------------------------------- settings and recipes
 # One dataclass holds all settings. A recipe is an instance of it: the paper's for real data, the
-# toy's for toys. The command line replaces single fields; --help prints the comments behind them.
+# toy's for toys. The command line replaces single fields; --help prints the comments behind them,
+# each of which stands in the line of its field.
 
 
 @dataclass
 class Settings:
-    """All that a run is told. Each field is an option of the command line."""
+    """All that a run is told. Each field but the first is an option of the command line."""
 
     task: str  # ave, avs, avqa or ucf101
 
     # Paths and machine. On the same data only seed, device and precision change a result.
     data: str = ""  # folder of the data set; the toy's is made if it is not there
-    out: str = ""  # folder for the run's files; runs/ and the name of the data's unless given
-    seed: int = 0  # start of adapters and head, order of the clips, dropout
+    out: str = ""  # folder of the run, runs/ and the data's name unless given; of pictures
+    seed: int = 0  # start of adapters, head and random weights; order, dropout, negatives
     workers: int = 4  # processes that read clips
     device: str = "cpu"  # cpu or cuda; a GPU if there is one, unless given
     precision: str = "fp32"  # fp32 or bf16, by autocast
@@ -82,7 +82,7 @@ class Settings:
     backbone: str = "large"  # a name of lavish.BACKBONES
     weights: str = "imagenet"  # imagenet, toy (nano's), none (random), or a file
     image_size: int = 0  # pixels a side; 0: what the backbone was published for
-    modality: str = "av"  # both streams, or one alone: v or a
+    modality: str = "av"  # both streams, or one alone: v or a (which finds no masks)
     latents: int = 16  # latent tokens m of an adapter; 0: late fusion by the head alone
     reduction: int = 4  # r: width of a stage over that of its bottleneck
     groups: int = 2  # channel groups of the bottleneck's convolutions
@@ -90,7 +90,7 @@ class Settings:
     checkpoint_activations: bool = False  # less memory, more time; with both streams
 
     # The training. The rates are Adam's.
-    epochs: int = 30  # at most
+    epochs: int = 30  # epochs at most
     patience: int = 0  # stop after so many epochs without a better val score; 0: never
     batch_size: int = 1  # clips of a step, in each process
     lr: float = 1e-4  # learning rate of the adapters
@@ -101,9 +101,9 @@ class Settings:
     extra_audio: str = ""  # ave: an .npy of features beside the sound's
     tpavi: bool = False  # avs: AVSBench's own audio-visual block too
     first_second: bool = False  # avs: train on the first second of a clip, a fifth of the work
-    channels: int = 256  # avs: width of the decoder
+    channels: int = 256  # avs: width of the decoder, a multiple of 8
     moments: int = 10  # avqa: seconds of a video that are looked at
-    hidden: int = 512  # avqa: width of the head
+    hidden: int = 512  # avqa: width of the head, a multiple of 4
     grounding_lr: float = 3e-6  # avqa: learning rate of grounding, match and answer
 
     # What one command alone has.
@@ -122,7 +122,7 @@ CHOICES = {
 }
 
 # The supplementary's settings, on Swin-V2-L at 192 px, where they are not the defaults. It states
-# no epochs; they are the release's, and so is the patience of AVE and AVQA.
+# no epochs; these are the release's, and so is the patience of AVE and AVQA.
 PAPER = {
     # AVE: ten seconds a clip, two latents; more of them did not help the paper (Figure 1).
     "ave": Settings(
@@ -150,8 +150,8 @@ PAPER = {
         epochs=30,  # AVQA/README.md:14
         patience=5,
     ),
-    # UCF101, the supplementary's Table 2, by VideoMAE. It tells r and groups, by its 7.4M; the rest
-    # is our guess.
+    # UCF101, the supplementary's Table 2, by VideoMAE. The 7.4M of the table fix r and groups; the
+    # rest is our guess.
     "ucf101": Settings(
         "ucf101",
         backbone="videomae",
@@ -203,7 +203,9 @@ def train_ave(settings):
         start_epoch(run)
         losses = []  # of each step
         for batch in progress(run.loaders["train"], "train"):
+            # (B,10,3,S,S), (B,10,S,S), with --extra-audio (B,10,128), and (B,10)
             frames, spectrograms, *extra, labels = on_device(settings, batch)
+            # run.forward is the model, on several processes DistributedDataParallel around it.
             with autocast(settings):
                 logits = run.forward(frames, spectrograms, *extra)  # (B,10,29)
             check_finite(logits)
@@ -229,13 +231,13 @@ def evaluate_ave(run, split):
     everywhere. Here and below, the first number is the score of the task."""
     background = len(run.facts["classes"])  # the number of its label
     right = []
-    silent = []
+    is_background = []
     for logits, labels in outputs(run, split):  # (B,10,29), (B,10)
         right.extend((logits.argmax(-1) == labels).tolist())
-        silent.extend((labels == background).tolist())
+        is_background.extend((labels == background).tolist())
     return {
         "accuracy": np.mean(gather(right)),
-        "if all were called background": np.mean(gather(silent)),
+        "if all were called background": np.mean(gather(is_background)),
     }
 
 
@@ -339,7 +341,7 @@ def train_avqa(settings):
             if match is not None:
                 # Does this frame go with this sound? Here the first half does; loss and weight are
                 # the release's (AVQA/net_grd_avst/main_avst.py:86-88).
-                number = torch.arange(len(match), device=match.device)
+                number = torch.arange(len(match), device=match.device)  # of a frame, (2BT,)
                 goes_with = number < len(match) // 2  # (2BT,)
                 loss = loss + 0.5 * F.cross_entropy(match, goes_with.long())
 
@@ -466,7 +468,7 @@ def open_loaders(settings, facts):
     loaders = {}
     for split in ("train", "val", "test"):
         dataset = open_split(settings, split, facts)
-        if data.is_toy(settings.data):  # small enough for the memory
+        if data.is_toy(settings.data):  # at 32 pixels a side it fits the memory
             dataset = data.Cached(dataset)
         sampler = range(rank(), len(dataset), processes())
         if split == "train":
@@ -480,9 +482,9 @@ def open_loaders(settings, facts):
 def open_split(settings, split, facts):
     """One split, with every file known to be there.
 
-    The first split fills `facts`: classes, size of the masks, vocabulary, statistics of the
-    spectrograms. They hold for the other splits, and for every data set that the run is scored on
-    later, because the model was built and trained by them."""
+    The first split fills `facts`: classes, size of the masks, vocabulary, commonest answers,
+    statistics of the spectrograms. They hold for the other splits, and for every data set that the
+    run is scored on later, because the model was built and trained by them."""
     more = {"stats": facts.get("stats")}
     if settings.task == "ave":
         more["extra_audio"] = settings.extra_audio
@@ -509,8 +511,7 @@ def make_loader(settings, dataset, sampler=None):
         settings.batch_size,
         sampler=sampler,
         num_workers=settings.workers,
-        pin_memory=settings.device != "cpu",
-        # Of its own, so that a loader with workers does not draw from the net's random numbers.
+        # Of its own, so that the loader does not draw from the random numbers of dropout.
         generator=torch.Generator(),
     )
 
@@ -538,19 +539,17 @@ def add_adapters(settings, facts, backbone):
     """A frozen backbone with its adapters and the head of the task.
 
     Raises ValueError if reduction x groups does not divide the backbone's widths."""
-    reduction = settings.reduction
-    groups = settings.groups
     if settings.modality == "av":
         net = lavish.Lavish(
             backbone,
             settings.latents,
-            reduction,
-            groups,
+            settings.reduction,
+            settings.groups,
             settings.one_direction,
             settings.checkpoint_activations,
         )
     else:
-        net = lavish.OneStream(backbone, settings.modality, reduction, groups)
+        net = lavish.OneStream(backbone, settings.modality, settings.reduction, settings.groups)
     if settings.task == "ave":
         extra_width = 128 if settings.extra_audio else 0
         return lavish.AVE(net, len(facts["classes"]) + 1, extra_width)
@@ -575,8 +574,8 @@ def checksum(module):
 def make_optimizer(settings, model):
     """Adam, with a learning rate for each part of the model, which start_epoch sets by its name.
 
-    Of AVQA's head the supplementary names "the grounding modules and the final prediction layer"
-    (3e-6); the rest (embedding, LSTM, question, input projections, fusion) has head_lr."""
+    The supplementary gives 3e-6 to "the grounding modules and the final prediction layer" of AVQA's
+    head; the rest (embedding, LSTM, question, input projections, fusion) has head_lr."""
     rates = {"net": "lr"}  # the adapters are in it, and the backbone, which is frozen
     if settings.task == "avqa":
         for module in ("audio_out", "visual_out", "match", "when_heard", "when_seen", "answer"):
@@ -748,16 +747,15 @@ def start_run(settings):
         lavish.load_trained_state_dict(model, saved["trained"])
         optimizer.load_state_dict(saved["optimizer"])
         log = saved["log"]
-    elif rank() == 0:
-        os.makedirs(settings.out)
     return Run(settings, facts, model, in_parallel(model), optimizer, loaders, log)
 
 
 def is_over(run):
-    """Whether training ends: after all epochs, or after `patience` of them of which none was better
-    on val."""
-    waited = len(run.log) - best_epoch(run.log)
-    return len(run.log) >= run.settings.epochs or 0 < run.settings.patience <= waited
+    """Whether training ends: after all epochs, or when the last `patience` epochs brought no better
+    val score."""
+    epoch = len(run.log)
+    waited = epoch - best_epoch(run.log)
+    return epoch >= run.settings.epochs or 0 < run.settings.patience <= waited
 
 
 def best_epoch(log):
@@ -783,7 +781,8 @@ def start_epoch(run):
     loader.dataset.epoch = epoch  # of the negatives
     decay = 1.0
     if settings.linear_decay:
-        decay = 1 - (epoch + 0.5) / settings.epochs  # from 1 to 0, in the middle of this epoch
+        # On a line from 1, at the start of the run, to 0, at its end: in the middle of this epoch.
+        decay = 1 - (epoch + 0.5) / settings.epochs
     for group in run.optimizer.param_groups:
         group["lr"] = getattr(settings, group["rate"]) * decay
     run.model.train()
@@ -797,17 +796,17 @@ def autocast(settings):
 
 def on_device(settings, tensors):
     """The tensors on the run's device."""
-    return [tensor.to(settings.device, non_blocking=True) for tensor in tensors]
+    return [tensor.to(settings.device) for tensor in tensors]
 
 
 def check_finite(logits):
     """A net that diverges ends its run here, before it can spoil what is saved."""
-    advice = "lower --lr and --head-lr, with --resume if an epoch is done"
+    advice = "try a lower --lr, --head-lr, --grounding-lr, with --resume if an epoch was done"
     require(logits.isfinite().all(), f"the net's output is not finite; {advice}")
 
 
 def end_epoch(run, losses, scores):
-    """Logs an epoch and keeps its state for --resume, and the model if it is the best so far.
+    """Log an epoch and keep its state for --resume, and the model if it is the best so far.
 
     The best is chosen on val, so that test is seen once. The release chooses on test
     (AVE/main_trans.py:167, AVS avs_s4/train.py:203)."""
@@ -815,10 +814,9 @@ def end_epoch(run, losses, scores):
     score = float(list(scores.values())[0])
     seconds = time.time() - run.start  # with scoring on val
     run.log.append({"loss": loss, "val": score, "seconds": seconds})
-    epoch = len(run.log)
-    is_best = best_epoch(run.log) == epoch
+    is_best = best_epoch(run.log) == len(run.log)
     print(
-        f"epoch {epoch:3}   loss {loss:.4f}   val {score:.4f}   {seconds:5.1f} s",
+        f"epoch {len(run.log):3}   loss {loss:.4f}   val {score:.4f}   {seconds:5.1f} s",
         "  best so far" if is_best else "",
         flush=True,
     )
@@ -837,7 +835,7 @@ def end_epoch(run, losses, scores):
 
 
 def finish(run):
-    """Scores the best epoch on test, once, and writes result.json: with it the run is done.
+    """Score the best epoch on test, once, and write result.json: with it the run is done.
 
     gflop is that of one clip; seconds are those of the epochs, with scoring on val."""
     wait_for_all()  # until the first process has written the best epoch
@@ -859,11 +857,9 @@ def finish(run):
         "seconds": sum(entry["seconds"] for entry in run.log),
         "gflop": count_gflop(run.settings, run.model),
         "settings": asdict(run.settings),
-        "torch": torch.__version__,
     }
     data.write_lines([json.dumps(result, indent=1)], f"{out}/result.json")
     os.remove(f"{out}/state.pt")  # nothing is left to resume
-    print(f"Next: python train.py eval {shlex.quote(out)}")
 
 
 def print_scores(scores):
@@ -923,11 +919,14 @@ def predict(folder, videos, given):
     folder: of the run; videos: files that ffmpeg reads; given: options, among them --out, the
     folder of the pictures, and --question. A film is cut into clips as long as those that the net
     was trained on, because memory is finite."""
+    require(videos, "predict wants the folder of a run, then videos")
     pictures = given.pop("out", ".")
     run = open_run(folder, given)
     task = run.settings.task
-    fits = task != "ucf101" and not run.settings.extra_audio
-    require(fits, "predict is for ave (without --extra-audio), avs and avqa")
+    require(
+        task != "ucf101" and not run.settings.extra_audio,
+        "predict is for ave (without --extra-audio), avs and avqa",
+    )
     require(
         (run.settings.question != "") == (task == "avqa"), "avqa, and no other, wants --question"
     )
@@ -940,7 +939,7 @@ def predict(folder, videos, given):
             found = find(run, clip)
             if task != "avs":
                 for t, name in enumerate(names_of(run, found), start):
-                    print(f"{t:4} s  {name}")
+                    print(f"{video}, from {t} s: {name}")
             path = f"{pictures}/{number}-{basename(video)}-{start:04d}.png"
             draw(run, clip, {"found": found}, path)
 
@@ -990,18 +989,18 @@ def draw(run, clip, answers, path):
     strips = []
     for row in rows:
         tiles = F.interpolate(row, (112, 112))
-        # From the least value, black, to the greatest, white: the net's own input is shown.
+        # From the least value, black, to the greatest, white. A mask of one value is black.
         strips.append(make_grid(tiles, columns, 4, normalize=True, pad_value=1))
     if run.settings.task != "avs":
         for what, labels in answers.items():
             names = names_of(run, labels.expand(columns))
-            tiles = [write(f"{what}: {name}") for name in names]
+            tiles = [text_tile(f"{what}: {name}") for name in names]
             strips.append(make_grid(tiles, columns, 4, pad_value=1))
     data.write_image(path, (torch.cat(strips, 1) * 255).byte())  # (3,H,W)
     print(f"drawn in {path}")
 
 
-def write(text):
+def text_tile(text):
     """A white tile (3,20,112) with a text; torchvision writes texts into boxes."""
     box = torch.tensor([[0, 0, 111, 19]])
     return draw_bounding_boxes(torch.ones(3, 20, 112), box, [text], "black")
@@ -1011,29 +1010,28 @@ def write(text):
 # A table of runs that are done, and what a step costs without any data.
 
 
-def report(runs):
-    """Print mean and spread of runs that differ in seed, paths and device alone: a line for each
-    group, with the number of runs, GFLOP of a clip and mean seconds."""
-    groups = defaultdict(list)  # {what must be equal: results}
-    for run in runs:
-        path = f"{run}/result.json"
+def report(folders):
+    """Print mean and spread of runs that differ in seed, out, workers, device and the data's place
+    alone: a line for each group, with the number of runs, GFLOP of a clip and mean seconds."""
+    groups = defaultdict(list)  # {what must be equal: (test, seconds, gflop, folder) of each run}
+    for folder in folders:
+        path = f"{folder}/result.json"
         result = data.read_json(path)
         try:
             settings = Settings(**result["settings"])
+            settings.data = basename(normpath(settings.data))
+            same = replace(settings, out="", seed=0, workers=0, device="", resume=False)
+            row = (result["test"], result["seconds"], result["gflop"], folder)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
-        settings.data = basename(normpath(settings.data))
-        same = replace(settings, out="", seed=0, workers=0, device="", resume=False)
-        groups[str(same)].append(result)
+        groups[str(same)].append(row)
     print("  test  +- std  n   GFLOP  seconds  the first of them")
-    for results in groups.values():
-        tests = [result["test"] for result in results]
+    for rows in groups.values():
+        tests, seconds, gflop, folders = zip(*rows)
         spread = np.std(tests, ddof=1) if len(tests) > 1 else float("nan")
-        seconds = np.mean([result["seconds"] for result in results])
-        first = results[0]
         print(
-            f"{np.mean(tests):6.3f} {spread:7.3f} {len(tests):2} {first['gflop']:7.2f} "
-            f"{seconds:8.0f}  {first['settings']['out']}"
+            f"{np.mean(tests):6.3f} {spread:7.3f} {len(tests):2} {gflop[0]:7.2f} "
+            f"{np.mean(seconds):8.0f}  {folders[0]}"
         )
 
 
@@ -1066,7 +1064,8 @@ def bench(settings):
             with autocast(settings), torch.set_grad_enabled(training):
                 logits = model(*inputs)
             if training:
-                logits = logits if isinstance(logits, tuple) else [logits]
+                if settings.task != "avqa":
+                    logits = [logits]
                 loss = sum(x.square().mean() for x in logits if x is not None)
                 optimizer.zero_grad()
                 loss.backward()
@@ -1089,7 +1088,7 @@ def random_clips(settings):
     clips = [torch.randn(B, frames, 3, S, S), torch.randn(B, T, S, S)]
     if settings.task == "avqa":
         clips.append(torch.ones(B, 14, dtype=torch.long))  # a long question
-    if settings.extra_audio:
+    if settings.task == "ave" and settings.extra_audio:
         clips.append(torch.randn(B, T, 128))
     return on_device(settings, clips)
 
@@ -1105,7 +1104,7 @@ def peak_memory(settings):
     """The most memory that was in use so far, in GB: of the GPU, or of this process on a CPU."""
     if settings.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # which Windows has not
+    import resource  # Windows has none
 
     unit = 1 if sys.platform == "darwin" else 1024  # the Mac counts bytes
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
@@ -1135,7 +1134,7 @@ def parse(arguments):
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("command", choices=[*TRAIN, "eval", "predict", "report", "bench"])
-    parser.add_argument("paths", nargs="*", help="runs and videos; the task to bench")
+    parser.add_argument("paths", nargs="*", help="runs and videos; eval and bench take one")
     for setting in fields(Settings)[1:]:
         name = setting.name
         kind = {"type": setting.type, "choices": CHOICES.get(name)}
@@ -1153,12 +1152,23 @@ def settings_of(recipe, given):
     has_gpu = torch.cuda.is_available()
     settings = replace(recipe, **{"device": "cuda" if has_gpu else "cpu", **given})
     require(has_gpu or settings.device == "cpu", "--device cuda: torch sees no GPU here")
-    for name in ("batch_size", "reduction", "groups", "epochs", "moments", "repeat"):
+    for name in (
+        "batch_size",
+        "reduction",
+        "groups",
+        "epochs",
+        "channels",
+        "moments",
+        "hidden",
+        "repeat",
+    ):
         require(getattr(settings, name) > 0, f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("workers", "latents", "seed", "patience", "image_size"):
+    for name in ("workers", "latents", "seed", "patience"):
         require(getattr(settings, name) >= 0, f"--{name.replace('_', '-')} must be at least 0")
-    fits = settings.task == "ucf101" or "videomae" not in settings.backbone
-    require(fits, "VideoMAE reads clips of 16 frames: it is for ucf101")
+    require(
+        settings.task == "ucf101" or "videomae" not in settings.backbone,
+        "VideoMAE reads clips of 16 frames: it is for ucf101",
+    )
     try:
         with torch.device("meta"):  # build it without memory, to see whether all sizes fit
             backbone = lavish.make_backbone(settings.backbone, settings.image_size)
@@ -1177,26 +1187,29 @@ def train(task, given):
     the run that was stopped in it."""
     toy = f"toy/{task}"
     folder = given.get("data", toy)
-    missing_toy = folder == toy and not exists(toy)
-    recipes = TOY if missing_toy or data.is_toy(folder) else PAPER
+    recipes = TOY if folder == toy or data.is_toy(folder) else PAPER
     out = given.get("out", f"runs/{basename(normpath(folder))}")
     recipe = replace(recipes[task], data=folder, out=out)
-    if "resume" in given:
-        recipe = load_run(out, "state.pt")["settings"]
+    if given.get("resume"):
+        recipe = replace(load_run(out, "state.pt")["settings"], out=out)
         require(recipe.task == task, f"{out} holds a run of {recipe.task}")
     else:
-        require(not exists(out), f"{out} is there already; --resume it, or choose another --out")
+        advice = "--resume it if an epoch was done; else remove it, or choose another --out"
+        require(not exists(out), f"{out} is there already; {advice}")
     settings = settings_of(recipe, given)
+    is_toy = settings.data == toy
+    require(is_toy or exists(settings.data), f"--data: there is no {settings.data}")
     join_processes(settings.device)
     if rank() == 0:
-        if missing_toy:
+        if is_toy and not exists(toy):
             data.make_toy(task, toy)
         make_weights(settings)
+        os.makedirs(out, exist_ok=settings.resume)
     wait_for_all()
     try:
         TRAIN[task](settings)
     finally:
-        with suppress(OSError):  # there are files in it, unless the first epoch was not finished
+        with suppress(OSError):  # which says that it is not empty: an epoch was done
             os.rmdir(out)
     if dist.is_initialized():
         wait_for_all()  # a process that leaves early, with the group open, may abort
@@ -1211,7 +1224,7 @@ def main(arguments=None):
         if command in TRAIN:
             require(not paths, f"{command} takes no {paths}; options begin with --")
             train(command, given)
-        elif int(os.environ.get("RANK", 0)) == 0:  # under torchrun these run once
+        elif os.environ.get("RANK", "0") == "0":  # under torchrun these run once
             require(paths, f"{command} of what? See: python train.py --help")
             first, *others = paths
             if command == "eval":
@@ -1230,7 +1243,7 @@ def main(arguments=None):
         print(f"train.py: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("train.py: stopped; a training goes on with --resume", file=sys.stderr)
+        print("train.py: stopped; --resume goes on if an epoch was done", file=sys.stderr)
         sys.exit(130)
 
 
