@@ -118,7 +118,6 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "precision": ("fp32", "bf16"),
     "modality": ("av", "v", "a"),
-    "split": ("train", "val", "test"),
 }
 
 # The supplementary's settings, on Swin-V2-L at 192 px, where they are not the defaults. It states
@@ -218,6 +217,7 @@ def train_ave(settings):
             loss.backward()
             run.optimizer.step()
             losses.append(loss.item())
+            del logits, loss  # and their graph, which would scatter the memory of the next step
 
         scores = evaluate_ave(run, "val")
         end_epoch(run, losses, scores)
@@ -270,6 +270,7 @@ def train_avs(settings):
             loss.backward()
             run.optimizer.step()
             losses.append(loss.item())
+            del logits, loss
 
         scores = evaluate_avs(run, "val")
         end_epoch(run, losses, scores)
@@ -349,6 +350,7 @@ def train_avqa(settings):
             loss.backward()
             run.optimizer.step()
             losses.append(loss.item())
+            del logits, match, loss
 
         scores = evaluate_avqa(run, "val")
         end_epoch(run, losses, scores)
@@ -408,6 +410,7 @@ def train_ucf101(settings):
             loss.backward()
             run.optimizer.step()
             losses.append(loss.item())
+            del logits, loss
 
         scores = evaluate_ucf101(run, "val")
         end_epoch(run, losses, scores)
@@ -596,15 +599,14 @@ def weights_path(settings):
 
     The toy's lie beside the toy data, for all tasks. Published ones are kept where torch.hub keeps
     them. Raises InputError if there are none, or for another image size than theirs."""
-    name = settings.backbone
-    _, _, size, url = lavish.BACKBONES[name]
+    _, _, size, url = lavish.BACKBONES[settings.backbone]
     if settings.weights == "none":
         return None
     if settings.weights == "toy":
         return normpath(f"{settings.data}/../nano.pt")
     if settings.weights == "imagenet":
-        require(url, f"{name} has no published weights; give a file: --weights FILE")
-        require(settings.image_size == size, f"the weights of {name} are for {size} px")
+        require(url, f"{settings.backbone} has no published weights; give a file: --weights FILE")
+        require(settings.image_size == size, f"weights of {settings.backbone} are for {size} px")
         return f"{torch.hub.get_dir()}/checkpoints/{basename(url)}"
     require(settings.weights, "--weights must be given: a file, or none for random weights")
     return settings.weights
@@ -639,7 +641,7 @@ def pretrain_nano(path, steps=300):
     images = normalize(images / 255, data.IMAGENET_MEAN, data.IMAGENET_STD)
     head = torch.nn.Linear(backbone.dims[-1], 16)
     parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.05, foreach=True)
+    optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for _ in progress(range(steps), "pretraining nano on toy images"):
         chosen = torch.randint(len(images), (32,))
@@ -801,8 +803,11 @@ def on_device(settings, tensors):
 
 def check_finite(logits):
     """A net that diverges ends its run here, before it can spoil what is saved."""
-    advice = "try a lower --lr, --head-lr, --grounding-lr, with --resume if an epoch was done"
-    require(logits.isfinite().all(), f"the net's output is not finite; {advice}")
+    require(
+        logits.isfinite().all(),
+        "the net's output is not finite; try a lower --lr, --head-lr, --grounding-lr, with "
+        "--resume if an epoch was done",
+    )
 
 
 def end_epoch(run, losses, scores):
@@ -839,8 +844,7 @@ def finish(run):
 
     gflop is that of one clip; seconds are those of the epochs, with scoring on val."""
     wait_for_all()  # until the first process has written the best epoch
-    out = run.settings.out
-    lavish.load_trained_state_dict(run.model, load_run(out, "adapters.pt")["trained"])
+    lavish.load_trained_state_dict(run.model, load_run(run.settings.out, "adapters.pt")["trained"])
     scores = EVALUATE[run.settings.task](run, "test")
     if rank() > 0:
         return
@@ -849,7 +853,7 @@ def finish(run):
     trained, total = lavish.count_parameters(run.model)
     print(f"{'trainable of all parameters':45} {trained:,} of {total:,}")
     *clip, truth = data.source(run.loaders["test"])[0]
-    draw(run, clip, {"found": find(run, clip), "true": truth}, f"{out}/test.png")
+    draw(run, clip, {"found": find(run, clip), "true": truth}, f"{run.settings.out}/test.png")
     result = {
         "test": list(scores.values())[0],
         "scores": scores,
@@ -858,8 +862,8 @@ def finish(run):
         "gflop": count_gflop(run.settings, run.model),
         "settings": asdict(run.settings),
     }
-    data.write_lines([json.dumps(result, indent=1)], f"{out}/result.json")
-    os.remove(f"{out}/state.pt")  # nothing is left to resume
+    data.write_lines([json.dumps(result, indent=1)], f"{run.settings.out}/result.json")
+    os.remove(f"{run.settings.out}/state.pt")  # nothing is left to resume
 
 
 def print_scores(scores):
@@ -1070,6 +1074,8 @@ def bench(settings):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                del loss
+            del logits  # as training does
             times.append(clock(settings))
         # The first step warms up and does not count. Machines are noisy: look at all of them.
         speeds = settings.batch_size / np.diff(times)[1:]
@@ -1194,8 +1200,10 @@ def train(task, given):
         recipe = replace(load_run(out, "state.pt")["settings"], out=out)
         require(recipe.task == task, f"{out} holds a run of {recipe.task}")
     else:
-        advice = "--resume it if an epoch was done; else remove it, or choose another --out"
-        require(not exists(out), f"{out} is there already; {advice}")
+        require(
+            not exists(out),
+            f"{out} is there already; --resume it if an epoch was done, or choose another --out",
+        )
     settings = settings_of(recipe, given)
     is_toy = settings.data == toy
     require(is_toy or exists(settings.data), f"--data: there is no {settings.data}")
