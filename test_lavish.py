@@ -955,7 +955,7 @@ def test_the_mask_of_the_toy_of_avs_is_that_of_the_colour_that_sounds(toys):
         assert np.allclose(inside.float().mean(1), colour, atol=15)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "seen, heard, asked, answers",
     [
         (["bell", "drum"], "horn", "horn", ["two", "horn", "zero", "no"]),
@@ -973,7 +973,7 @@ def test_the_answers_of_the_toy_of_avqa(seen, heard, asked, answers):
 # ---------------------------------------------------------------- sound
 
 
-@pytest.mark.parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1), (48000, 6)])
+@parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1), (48000, 6)])
 def test_any_channel_of_a_wav_of_any_rate_is_heard(rate, channels):
     """A tone in the last channel alone comes out, averaged over channels and without its mean.
 
@@ -992,7 +992,7 @@ def tone(rate):
     return 0.5 * np.sin(np.arange(2 * rate) * 2 * np.pi * 440 / rate)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "place, content, fault",
     [
         (34, b"\x08", "has 8 bit"),
@@ -1057,7 +1057,7 @@ def test_an_image_that_cannot_be_a_frame_is_refused():
 # ---------------------------------------------------------------- AVE
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "count, wanted",
     [
         (9, [*range(9), 8]),
@@ -1076,7 +1076,7 @@ def test_frame_t_of_ave_is_of_second_t(roots, count, wanted):
     assert grey_of(dataset("ave")[0][0]) == [8 * k for k in wanted]
 
 
-@pytest.mark.parametrize("header", [AVE_HEADER, ""])
+@parametrize("header", [AVE_HEADER, ""])
 def test_sound_and_label_t_of_ave_are_of_second_t(roots, header):
     """With a header in the annotations or without. Classes are numbered in their order.
 
@@ -1112,7 +1112,7 @@ def test_features_of_ave_belong_to_the_line_of_the_clip(roots):
 # ---------------------------------------------------------------- AVSBench
 
 
-@pytest.mark.parametrize("on, off, wanted", [(1, 0, 1), (255, 0, 1), (200, 60, 1), (0, 0, 0)])
+@parametrize("on, off, wanted", [(1, 0, 1), (255, 0, 1), (200, 60, 1), (0, 0, 0)])
 def test_masks_are_read_however_they_are_stored(roots, on, off, wanted):
     """As 0 and 1, as 0 and 255, as greys, or empty.
 
@@ -1137,7 +1137,7 @@ def test_training_has_the_mask_of_the_first_frame_alone(roots):
 # ---------------------------------------------------------------- MUSIC-AVQA
 
 
-@pytest.mark.parametrize("seconds", [59.5, 60.019, 60.7])
+@parametrize("seconds", [59.5, 60.019, 60.7])
 def test_frame_and_sound_of_a_moment_are_of_one_second(roots, seconds):
     """Frames count the seconds: a sound that is a little longer or shorter shifts nothing. Moments
     are truncated as in the release, np.linspace(1, 60, 10, dtype=int) - 1.
@@ -1219,7 +1219,7 @@ def test_items_of_ucf101(roots):
 # ---------------------------------------------------------------- what is wrong with data
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "file, old, new, fault",
     [
         ("ave/testSet.txt", b"Frying", b"Whale", "testSet.txt, line 1: 'Whale"),
@@ -1254,7 +1254,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "damage, file, fault",
     [
         (cut, "video_frames/x_1/5.jpg", "ave/video_frames/x_1/5.jpg is not a readable image"),
@@ -1295,7 +1295,7 @@ def test_statistics_are_the_means_of_the_seconds_means_and_stds(roots):
     assert np.allclose(data.find_stats("ave", "ave", 64), np.mean(measured, 0), atol=1e-4)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "task, size, said",
     [
         ("ave", 32, ""),
@@ -1394,7 +1394,7 @@ def die_half_way(*_, cwd=".", **more):
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("owner, name", [(subprocess, "run"), (os, "replace")])
+@parametrize("owner, name", [(subprocess, "run"), (os, "replace")])
 def test_a_killed_extraction_leaves_nothing_half_done(roots, monkeypatch, owner, name):
     """kill -9 in ffmpeg, or before what it wrote is moved; then the same command again.
 
@@ -1448,7 +1448,7 @@ def settings_of(monkeypatch, line):
     return given[0]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "task, wanted",
     [
         ("ave", "large 192 px, adapters 2/8/2, batch 2, lr 5e-06 4e-06, epochs 50/5"),
@@ -1469,7 +1469,7 @@ def test_real_data_gets_the_supplementarys_numbers(roots, monkeypatch, task, wan
     assert f"{s.backbone} {s.image_size} px, {adapters}, {numbers}" == wanted
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "line, fault",
     [
         ("ave --backbone=huge", "unknown backbone 'huge'"),
@@ -1507,7 +1507,7 @@ def disk_is_full(*_):
 FACTS = {"classes": "abcd", "mask_size": 32, "vocabulary": {"words": "abc", "answers": "abc"}}
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "task, option",
     [
         ("ave", "--latents=3"),
@@ -1556,7 +1556,7 @@ RATES.update(dict.fromkeys(("embedding", "lstm", "question"), "head_lr"))
 RATES.update(dict.fromkeys(("audio_in", "visual_in", "fusion"), "head_lr"))
 
 
-@pytest.mark.parametrize("task", ["ave", "avqa"])
+@parametrize("task", ["ave", "avqa"])
 def test_a_run_in_bf16_is_close_to_one_in_fp32(toys, capsys, task):
     """And can be scored in fp32.
 
@@ -1621,7 +1621,7 @@ def spy_batches(monkeypatch):
     return batches
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "task, loss_by_hand",
     [("ave", ave_loss), ("avs", avs_loss), ("avqa", avqa_loss), ("ucf101", ucf101_loss)],
 )
@@ -1651,7 +1651,7 @@ def test_losses_are_those_of_the_papers(toys, monkeypatch, task, loss_by_hand):
     assert losses("run") == [pytest.approx(np.mean(by_hand), rel=1e-4)]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "option, wanted",
     [("--no-linear-decay", [1, 1, 1]), ("--linear-decay", [5 / 6, 0.5, 1 / 6])],
 )
@@ -1808,7 +1808,7 @@ def test_nano_is_pretrained_where_it_is_missing(toys, monkeypatch):
     assert result("runs/ave")["settings"]["data"] == "toy/ave"
 
 
-@pytest.mark.parametrize("task", data.DATASETS)
+@parametrize("task", data.DATASETS)
 def test_a_toy_is_learned_and_scored(toys, capsys, task):
     """The loss falls, eval gives the same scores again, within 80 columns.
 
@@ -1916,6 +1916,13 @@ def stopped(toys, monkeypatch, capsys):
         assert "--resume" in one_line_error(capsys, START, code=130)
 
 
+def test_a_stopped_run_goes_on_where_it_ran(stopped, monkeypatch):
+    """Begun on a CPU, it stays there, though there is a GPU now: another device, other bits."""
+    monkeypatch.setattr(torch.cuda, "is_available", Mock(return_value=True))
+    monkeypatch.setattr(train.Settings, "device", "cuda")
+    assert settings_of(monkeypatch, RESUME).device == "cpu"
+
+
 def test_a_stopped_run_goes_on_with_other_rates_but_not_as_another_net(stopped, capsys):
     """A net that diverged is to go on with a lower --lr, as its one line advises.
 
@@ -1942,7 +1949,7 @@ def test_on_a_full_disk_the_last_epoch_stays(stopped, capsys, monkeypatch):
     assert Path("run/state.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("line", ["eval run", "predict run a.mp4", RESUME])
+@parametrize("line", ["eval run", "predict run a.mp4", RESUME])
 def test_another_frozen_backbone_is_refused(stopped, capsys, line):
     """Adapters are worth nothing beside other weights.
 
@@ -1962,7 +1969,7 @@ def test_eval_makes_no_weights(stopped, capsys):
     assert not Path("toy/nano.pt").exists()
 
 
-@pytest.mark.parametrize("name, value", [("epochs", "many"), ("lr", None), ("unknown", 1)])
+@parametrize("name, value", [("epochs", "many"), ("lr", None), ("unknown", 1)])
 def test_the_settings_in_a_checkpoint_are_not_believed(stopped, capsys, name, value):
     """Wrong types and wrong names are refused.
 
@@ -2009,7 +2016,7 @@ def test_two_processes_train_one_model_and_score_as_one(toys, monkeypatch, capsy
     assert capsys.readouterr().out == ""  # the first process has done it
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "line, code, said",
     [
         ("check flute .", 2, "unknown task 'flute'"),
@@ -2046,7 +2053,7 @@ def test_a_run_is_not_scored_on_data_of_other_classes(toys, capsys):
 # ---------------------------------------------------------------- report and bench
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "more, group",
     [
         ({"seed": 1, "workers": 2, "device": "cuda"}, ["0.600", "0.141", "2"]),
@@ -2067,7 +2074,7 @@ def test_report_groups_runs_that_differ_in_seed_paths_and_device_alone(capsys, m
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == group
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "line",
     [
         "ave --backbone=nano",

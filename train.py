@@ -74,7 +74,7 @@ class Settings:
     out: str = ""  # folder of the run, runs/ and the data's name unless given; of pictures
     seed: int = 0  # start of adapters, head and random weights; order, dropout, negatives
     workers: int = 4  # processes that read clips
-    device: str = "cpu"  # cpu or cuda; a GPU if there is one, unless given
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU if there is one
     precision: str = "fp32"  # fp32 or bf16, by autocast
     resume: bool = False  # go on with a run that was stopped, by its own settings
 
@@ -896,9 +896,10 @@ def load_run(folder, name):
 def open_run(folder, given):
     """A folder that training left -> the run with the model of its best epoch.
 
-    given: what the command line says in place of the run's own settings, --data for example."""
+    given: what the command line says in place of the run's own settings, --data for example. The
+    device is this machine's, unless given: the run may have been trained on another one."""
     saved = load_run(folder, "adapters.pt")
-    settings = settings_of(saved["settings"], {**given, "out": folder})
+    settings = settings_of(saved["settings"], {"device": Settings.device, **given, "out": folder})
     model = build(settings, saved["facts"])
     lavish.load_trained_state_dict(model, saved["trained"])
     return Run(settings, saved["facts"], model.eval())
@@ -958,7 +959,8 @@ def find(run, clip):
 def names_of(run, labels):
     """The names of labels: classes, of which the background is the last, or answers."""
     names = run.facts.get("classes") or run.facts["vocabulary"]["answers"]
-    return [[*names, "background"][k] for k in labels.view(-1)]
+    names = [*names, "background"]
+    return [names[k] for k in labels.view(-1)]
 
 
 def read_video(run, video):
@@ -1032,7 +1034,7 @@ def report(folders):
     print("  test  +- std  n   GFLOP  seconds  the first of them")
     for rows in groups.values():
         tests, seconds, gflop, folders = zip(*rows)
-        spread = np.std(tests, ddof=1) if len(tests) > 1 else float("nan")
+        spread = np.std(tests, ddof=1) if len(tests) > 1 else np.nan
         print(
             f"{np.mean(tests):6.3f} {spread:7.3f} {len(tests):2} {gflop[0]:7.2f} "
             f"{np.mean(seconds):8.0f}  {folders[0]}"
@@ -1152,12 +1154,11 @@ def parse(arguments):
 
 
 def settings_of(recipe, given):
-    """A recipe, with what the command line gives in its place, and the GPU if there is one.
+    """A recipe, with what the command line gives in its place.
 
     Raises InputError for what cannot work, before any data are made or read."""
-    has_gpu = torch.cuda.is_available()
-    settings = replace(recipe, **{"device": "cuda" if has_gpu else "cpu", **given})
-    require(has_gpu or settings.device == "cpu", "--device cuda: torch sees no GPU here")
+    settings = replace(recipe, **given)
+    require(settings.device in ("cpu", Settings.device), "--device cuda: torch sees no GPU here")
     for name in (
         "batch_size",
         "reduction",
@@ -1200,16 +1201,13 @@ def train(task, given):
         recipe = replace(load_run(out, "state.pt")["settings"], out=out)
         require(recipe.task == task, f"{out} holds a run of {recipe.task}")
     else:
-        require(
-            not exists(out),
-            f"{out} is there already; --resume it if an epoch was done, or choose another --out",
-        )
+        require(not exists(out), f"{out} is there already; --resume it, or choose another --out")
     settings = settings_of(recipe, given)
-    is_toy = settings.data == toy
-    require(is_toy or exists(settings.data), f"--data: there is no {settings.data}")
+    to_make = settings.data == toy  # if it is not there
+    require(to_make or exists(settings.data), f"--data: there is no {settings.data}")
     join_processes(settings.device)
     if rank() == 0:
-        if is_toy and not exists(toy):
+        if to_make and not exists(toy):
             data.make_toy(task, toy)
         make_weights(settings)
         os.makedirs(out, exist_ok=settings.resume)
