@@ -81,10 +81,7 @@ class LavishAdapter(nn.Module):
         if hasattr(self, "latents"):
             if other is None:
                 raise ValueError("an adapter with latents reads the other stream: give `other`")
-            # Compress, eq. 7: S = L + softmax(L y^T) y, y the other stream. One head, no
-            # projections and no 1/sqrt(d), because the latents are learned queries already.
-            attention = (self.latents @ other.transpose(1, 2)).softmax(-1)  # (BT,m,M)
-            summary = self.latents + attention @ other  # (BT,m,dim)
+            _, summary = self.compress(other)  # (BT,m,dim)
             # Fuse: x' = x + g_av softmax(x S^T) S
             attention = (x @ summary.transpose(1, 2)).softmax(-1)  # (BT,N,m)
             x = x + self.gate_av * (attention @ summary)  # (BT,N,dim)
@@ -98,6 +95,15 @@ class LavishAdapter(nn.Module):
         # the norm, which would cancel it (released AVS: before, PVT_AVSModel.py:147-152).
         return self.gate * z
 
+    def compress(self, other):
+        """Other stream y (BT,M,dim) -> where each latent looks (BT,m,M), what it reads (BT,m,dim).
+
+        Eq. 7: S = L + softmax(L y^T) y. One head, no projections and no 1/sqrt(d), because the
+        latents are learned queries already."""
+        attention = (self.latents @ other.transpose(1, 2)).softmax(-1)  # (BT,m,M)
+        summary = self.latents + attention @ other  # (BT,m,dim)
+        return attention, summary
+
     @staticmethod
     def in_groups(linears, z):
         parts = z.chunk(len(linears), -1)  # (BT*N,dim/groups) each
@@ -105,6 +111,19 @@ class LavishAdapter(nn.Module):
 
 
 # ---------------------------------------------------------------- two streams, one backbone
+
+
+def lavish_block(backbone, block, lav_v, lav_a, x_v, x_a):
+    """One frozen block with its four adapters (Fig. 2). Tokens (BT,N,d) of both streams in and out.
+
+    lav_v and lav_a: the visual and the audio stream's adapters, beside attention and beside the
+    MLP. Each reads the other stream as it was before them. No stochastic depth, as the paper
+    mentions none; the release has timm's default of 0.1 here (AVE/nets/net_trans.py:259,378)."""
+    y_v = x_v + backbone.msa(block, x_v) + lav_v[0](x_v, x_a)
+    y_a = x_a + backbone.msa(block, x_a) + lav_a[0](x_a, x_v)
+    z_v = y_v + backbone.mlp(block, y_v) + lav_v[1](y_v, y_a)
+    z_a = y_a + backbone.mlp(block, y_a) + lav_a[1](y_a, y_v)
+    return z_v, z_a
 
 
 class Lavish(nn.Module):
@@ -141,18 +160,20 @@ class Lavish(nn.Module):
         return self
 
     def forward(self, frames, spectrograms):
-        run_block = self.run_block
-        if self.checkpoint_activations and self.training:
-            run_block = partial(checkpoint, self.run_block, use_reentrant=False)
+        recompute = self.checkpoint_activations and self.training
         x_v = self.backbone.embed(frames)  # (BT,N,d)
         x_a = self.backbone.embed(three_channels(spectrograms))  # (BT,N,d)
         visual = []
         audio = []
-        number = 0  # of the block, counted over all stages
+        adapters = zip(self.visual_adapters, self.audio_adapters)
         for blocks, merge in self.backbone.stages:
             for block in blocks:
-                x_v, x_a = run_block(block, number, x_v, x_a)
-                number += 1
+                lav_v, lav_a = next(adapters)  # of this block
+                inputs = (self.backbone, block, lav_v, lav_a, x_v, x_a)
+                if recompute:
+                    x_v, x_a = checkpoint(lavish_block, *inputs, use_reentrant=False)
+                else:
+                    x_v, x_a = lavish_block(*inputs)  # (BT,N,d) each
             visual.append(x_v)
             audio.append(x_a)
             x_v = merge(x_v)  # (BT,N/4,2d)
@@ -160,24 +181,6 @@ class Lavish(nn.Module):
         visual[-1] = self.backbone.norm(visual[-1])
         audio[-1] = self.backbone.norm(audio[-1])
         return visual, audio
-
-    def run_block(self, block, number, x_v, x_a):
-        """Y = X + MSA(X) + LAV(X), then Z = Y + MLP(Y) + LAV(Y), for both streams X (BT,N,d)."""
-        branches = self.backbone.branches(block)  # of a transformer: attention, then MLP
-        visual_adapters = self.visual_adapters[number]
-        audio_adapters = self.audio_adapters[number]
-        for branch, adapter_v, adapter_a in zip(branches, visual_adapters, audio_adapters):
-            # The frozen branch. Its weights are shared, so that both streams run as one batch.
-            # No stochastic depth, as the paper mentions none; the release has timm's default of
-            # 0.1 here (AVE/nets/net_trans.py:259,378).
-            frozen = branch(torch.cat([x_v, x_a]))  # (2BT,N,d)
-            frozen_v, frozen_a = frozen.chunk(2)  # (BT,N,d) each
-            # The adapters. Each reads the other stream as it was before this branch.
-            lav_v = adapter_v(x_v, x_a)  # LAV(X_v <- X_a)
-            lav_a = adapter_a(x_a, x_v)  # LAV(X_a <- X_v)
-            x_v = x_v + frozen_v + lav_v
-            x_a = x_a + frozen_a + lav_a
-        return x_v, x_a
 
 
 class OneStream(nn.Module):
@@ -199,42 +202,29 @@ class OneStream(nn.Module):
 
     def forward(self, frames, spectrograms):
         sees = self.modality == "v"
-        images = frames if sees else three_channels(spectrograms)
-        tokens = frozen_forward(self.backbone, images, self.adapters)
+        x = self.backbone.embed(frames if sees else three_channels(spectrograms))  # (BT,N,d)
+        tokens = []
+        adapters = iter(self.adapters)
+        for blocks, merge in self.backbone.stages:
+            for block in blocks:
+                lav = next(adapters)  # of this block, beside attention and beside the MLP
+                x = x + (self.backbone.msa(block, x) + lav[0](x))
+                x = x + (self.backbone.mlp(block, x) + lav[1](x))
+            tokens.append(x)
+            x = merge(x)  # (BT,N/4,2d)
+        tokens[-1] = self.backbone.norm(tokens[-1])
         nothing = [torch.zeros_like(x) for x in tokens]
         return (tokens, nothing) if sees else (nothing, tokens)
 
 
-def frozen_forward(backbone, images, adapters=None):
-    """The backbone alone: images (BT,3,S,S) -> list of tokens (BT,N,d) at the end of each stage,
-    before merging, the last one after the final norm. adapters: of one stream, beside the
-    branches."""
-    x = backbone.embed(images)  # (BT,N,d)
-    tokens = []
-    number = 0
-    for blocks, merge in backbone.stages:
-        for block in blocks:
-            for i, branch in enumerate(backbone.branches(block)):
-                update = branch(x)
-                if adapters is not None:
-                    update = update + adapters[number][i](x)
-                x = x + update
-            number += 1
-        tokens.append(x)
-        x = merge(x)  # (BT,N/4,2d)
-    tokens[-1] = backbone.norm(tokens[-1])
-    return tokens
-
-
 def make_adapters(backbone, latents, reduction, groups):
-    """One stream's adapters, [block][branch]: a transformer block has one beside its attention and
-    one beside its MLP."""
+    """One stream's adapters, [block][branch]: branch 0 is the attention, branch 1 the MLP."""
     adapters = nn.ModuleList()
     for (blocks, _), dim in zip(backbone.stages, backbone.dims):
-        for block in blocks:
-            branches = backbone.branches(block)
-            beside = [LavishAdapter(dim, latents, reduction, groups) for _ in branches]
-            adapters.append(nn.ModuleList(beside))
+        for _ in blocks:
+            beside_attention = LavishAdapter(dim, latents, reduction, groups)
+            beside_mlp = LavishAdapter(dim, latents, reduction, groups)
+            adapters.append(nn.ModuleList([beside_attention, beside_mlp]))
     return adapters
 
 
@@ -249,17 +239,6 @@ def count_batches_once(net):
 def three_channels(spectrograms):
     """(BT,S,S) -> (BT,3,S,S): to an image backbone sound is a grey picture."""
     return spectrograms[:, None].expand(-1, 3, -1, -1)
-
-
-def pooled(net, frames, spectrograms):
-    """frames (B,T,3,S,S), spectrograms (B,T,S,S) -> (B,T,2d): what stands for each image, a ViT's
-    class token or the mean over the tokens, both streams side by side."""
-    vectors = []
-    for stages in net(frames.flatten(0, 1), spectrograms.flatten(0, 1)):
-        tokens = stages[-1]  # (BT,N,d)
-        is_vit = hasattr(net.backbone, "class_token")
-        vectors.append(tokens[:, 0] if is_vit else tokens.mean(1))  # (BT,d)
-    return torch.cat(vectors, -1).unflatten(0, (len(frames), -1))
 
 
 # ---------------------------------------------------------------- sound becomes an image
@@ -327,6 +306,17 @@ class AVE(nn.Module):
         return self.head(features).float()
 
 
+def pooled(net, frames, spectrograms):
+    """frames (B,T,3,S,S), spectrograms (B,T,S,S) -> (B,T,2d): what stands for each image, a ViT's
+    class token or the mean over the tokens, both streams side by side."""
+    vectors = []
+    for stages in net(frames.flatten(0, 1), spectrograms.flatten(0, 1)):
+        tokens = stages[-1]  # (BT,N,d)
+        is_vit = hasattr(net.backbone, "class_token")
+        vectors.append(tokens[:, 0] if is_vit else tokens.mean(1))  # (BT,d)
+    return torch.cat(vectors, -1).unflatten(0, (len(frames), -1))
+
+
 class UCF101(nn.Module):
     """Action recognition (Table 2 of the supplementary): what is done in a clip.
 
@@ -389,40 +379,33 @@ class AVS(nn.Module):
     def forward(self, frames, spectrograms, first_only=False):
         B, T = frames.shape[:2]
         visual, audio = self.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
-        # Frames without a loss can go: here, or after TPAVI, which alone mixes frames.
+        # Frames without a loss are left out as early as can be: before the decoder, or after TPAVI,
+        # which alone mixes frames.
         step = T if first_only else 1
-        if self.tpavi is None:
-            visual = [tokens[::step] for tokens in visual]
-        maps = []
-        for i, tokens in enumerate(visual):
-            x = to_maps(self.project[i](tokens))  # (BT,w,H,H)
-            # Swin's maps are S/4, S/8 ... wide, the decoder's mask_size / 4, / 8 ...
-            maps.append(F.interpolate(x, self.side(i + 1), mode="bicubic"))
-        sound = None
+        before_tpavi = step if self.tpavi is None else 1
+        after_tpavi = step // before_tpavi
         if self.tpavi is not None:
             sound = self.audio(audio[-1].mean(1))  # (BT,128)
             sound = sound.unflatten(0, (B, T))
-        logits = self.decode(maps, sound, step)  # (BT,1,mask,mask)
+        x = None  # the decoded map, (BT,C,side,side)
+        for i in reversed(range(len(visual))):  # from coarse to fine
+            # Swin's maps are S/4, S/8 ... wide, the decoder's mask_size / 4, / 8 ...
+            side = self.mask_size // 2 ** (i + 2)
+            y = to_maps(self.project[i](visual[i][::before_tpavi]))  # (BT,w,H,H)
+            y = F.interpolate(y, side, mode="bicubic")  # (BT,w,side,side)
+            y = self.context[i](y)  # (BT,C,side,side)
+            if self.tpavi is not None:
+                y = self.tpavi[i](y, sound)
+            y = y[::after_tpavi]
+            if x is not None:
+                y = x + self.skip[i](y)
+            y = self.fuse[i](y)
+            # Twice as wide, for the next finer map: mask_size / 2, / 4 ...
+            wider = self.mask_size // 2 ** (i + 1)
+            x = F.interpolate(y, wider, mode="bilinear", align_corners=True)
+        logits = self.mask(x)  # (BT,1,mask,mask)
         logits = logits.unflatten(0, (B, -1))  # (B,T,1,mask,mask)
         return logits.squeeze(2).float()
-
-    def decode(self, maps, sound, step):
-        """maps [(BT,w,side,side)] -> logits (BT,1,mask,mask). With TPAVI and its sound (B,T,128),
-        of every step-th frame."""
-        fused = 0
-        for i in reversed(range(len(maps))):  # from coarse to fine
-            x = self.context[i](maps[i])  # (BT,C,side,side)
-            if self.tpavi is not None:
-                x = self.tpavi[i](x, sound)[::step]
-            if i < len(self.skip):
-                x = fused + self.skip[i](x)
-            x = self.fuse[i](x)
-            fused = F.interpolate(x, self.side(i), mode="bilinear", align_corners=True)
-        return self.mask(fused)
-
-    def side(self, i):
-        """The side of map i once it is fused, mask_size / 2^(i+1); before that, side(i + 1)."""
-        return self.mask_size // 2 ** (i + 1)
 
 
 def to_maps(tokens):
@@ -591,10 +574,25 @@ class TemporalGrounding(nn.Module):
 # What the nets above need of a backbone, so that another one can take Swin's place:
 #     embed(images (BT,3,S,S)) -> tokens (BT,N,d)
 #     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
-#     branches(block): the functions f in x <- x + f(x), here attention and MLP
+#     msa(block, x), mlp(block, x): what attention and MLP of a block add to x
 #     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
 #     class_token: only if token 0 stands for the whole image (see pooled)
 #     names(state dict): (pattern, replacement) that turn other publishers' names into ours
+
+
+def frozen_forward(backbone, images):
+    """The backbone alone: images (BT,3,S,S) -> list of tokens (BT,N,d) at the end of each stage,
+    before merging, the last one after the final norm."""
+    x = backbone.embed(images)  # (BT,N,d)
+    tokens = []
+    for blocks, merge in backbone.stages:
+        for block in blocks:
+            x = x + backbone.msa(block, x)
+            x = x + backbone.mlp(block, x)
+        tokens.append(x)
+        x = merge(x)  # (BT,N/4,2d)
+    tokens[-1] = backbone.norm(tokens[-1])
+    return tokens
 
 
 class SwinV2(nn.Module):
@@ -642,8 +640,11 @@ class SwinV2(nn.Module):
     def embed(self, images):
         return self.features[0](images).flatten(1, 2)  # (BT,(S/4)^2,d)
 
-    def branches(self, block):
-        return [block.attention_branch, block.mlp_branch]
+    def msa(self, block, x):
+        return block.norm1(block.attn(x))
+
+    def mlp(self, block, x):
+        return block.norm2(block.mlp(x))
 
     def names(self, state):
         # Microsoft's and timm's, which from 0.9 on has the merging at the start of the next stage.
@@ -668,20 +669,14 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
 
-    def attention_branch(self, x):
-        return self.norm1(self.attn(x))
 
-    def mlp_branch(self, x):
-        return self.norm2(self.mlp(x))
-
-
-class WindowAttention(torchvision.models.swin_transformer.ShiftedWindowAttentionV2):
+class WindowAttention(nn.Module):
     """Swin-V2's attention (Liu et al. 2022): cosine, within windows, log-spaced position bias.
 
         softmax(cos(q, k) / tau + 16 sigmoid(MLP(log-spaced offset))) v,   1 / tau <= 100
 
-    tokens (BT, side*side, dim) -> (BT, side*side, dim). The parameters and the position bias are
-    torchvision's: qkv, proj, logit_scale (log 1/tau), cpb_mlp and a table of offsets."""
+    tokens (BT, side*side, dim) -> (BT, side*side, dim). The parameters have
+    torchvision's names; logit_scale is log(1/tau), cpb_mlp makes the position bias."""
 
     def __init__(
         self,
@@ -691,7 +686,17 @@ class WindowAttention(torchvision.models.swin_transformer.ShiftedWindowAttention
         window,  # tokens in a row of a window
         shift,  # by how many tokens the windows are shifted
     ):
-        super().__init__(dim, [window, window], [shift, shift], heads)
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.logit_scale = nn.Parameter(torch.log(10 * torch.ones(heads, 1, 1)))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False)
+        )
+        table, index = log_offsets(window)
+        self.register_buffer("relative_coords_table", table)
+        self.register_buffer("relative_position_index", index)
         order = window_order(side, window, shift).flatten()
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("inverse", order.argsort(), persistent=False)
@@ -705,9 +710,9 @@ class WindowAttention(torchvision.models.swin_transformer.ShiftedWindowAttention
         q_bias, _, v_bias = self.qkv.bias.chunk(3)
         qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
         q, k, v = F.linear(x, self.qkv.weight, qkv_bias).chunk(3, -1)  # (BT,W,n,C) each
-        q = q.view(BT, W, n, self.num_heads, -1).transpose(2, 3)  # (BT,W,heads,n,C/heads)
-        k = k.view(BT, W, n, self.num_heads, -1).transpose(2, 3)
-        v = v.view(BT, W, n, self.num_heads, -1).transpose(2, 3)
+        q = q.view(BT, W, n, self.heads, -1).transpose(2, 3)  # (BT,W,heads,n,C/heads)
+        k = k.view(BT, W, n, self.heads, -1).transpose(2, 3)
+        v = v.view(BT, W, n, self.heads, -1).transpose(2, 3)
 
         # Cosine attention: unit vectors, and a learned temperature instead of 1/sqrt(d).
         scale = self.logit_scale.clamp(max=math.log(100)).exp()  # (heads,1,1)
@@ -715,7 +720,10 @@ class WindowAttention(torchvision.models.swin_transformer.ShiftedWindowAttention
         k = F.normalize(k, dim=-1)
         # The position bias at full precision, and -100 across the seam of the shift.
         with torch.autocast(x.device.type, enabled=False):
-            bias = self.get_relative_position_bias() + self.mask[:, None]  # (W,heads,n,n)
+            table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)  # ((2w-1)^2,heads)
+            bias = table[self.relative_position_index].view(n, n, -1)  # (n,n,heads)
+            bias = 16 * bias.permute(2, 0, 1).contiguous().sigmoid()  # (heads,n,n)
+            bias = bias + self.mask[:, None]  # (W,heads,n,n)
         bias = bias.to(v.dtype)
         if x.is_cuda:  # one kernel for the two lines below; it takes four dimensions
             q, k, v = (z.flatten(1, 2) for z in (q, k, v))  # (BT,W*heads,n,C/heads) each
@@ -737,6 +745,23 @@ def window_order(side, window, shift=0):
     tokens = tokens.unflatten(1, (-1, window))  # (H,H/w,w)
     tokens = tokens.unflatten(0, (-1, window))  # (H/w,w,H/w,w)
     return tokens.transpose(1, 2).reshape(-1, window * window)
+
+
+def log_offsets(window):
+    """From one token of a window to another it is -(w-1) to w-1 rows, and as many columns.
+
+    -> all pairs of offsets (1,2w-1,2w-1,2), on a log scale from -1 to 1, as torchvision stores
+    them; for each pair of the n tokens, row by row, the number of its offset (n*n,)"""
+    offsets = torch.arange(1 - window, window, dtype=torch.float32)  # (2w-1,)
+    pairs = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1)  # (2w-1,2w-1,2)
+    pairs = pairs / (window - 1) * 8
+    table = pairs.sign() * torch.log2(pairs.abs() + 1) / 3
+
+    places = torch.arange(window)
+    tokens = torch.cartesian_prod(places, places)  # (n,2), row and column of each token
+    away = tokens[:, None] - tokens + window - 1  # (n,n,2), from 0
+    index = away[..., 0] * (2 * window - 1) + away[..., 1]  # (n,n)
+    return table[None], index.flatten()
 
 
 def shift_mask(side, window, shift):
@@ -809,15 +834,12 @@ class ViT(torchvision.models.VisionTransformer):
         class_token = self.class_token.expand(len(images), -1, -1)  # (BT,1,d)
         return torch.cat([class_token, patches], 1) + self.encoder.pos_embedding
 
-    def branches(self, block):
-        return [partial(self.attention_branch, block), partial(self.mlp_branch, block)]
-
-    def attention_branch(self, block, x):
+    def msa(self, block, x):
         z = block.ln_1(x)
         z, _ = block.self_attention(z, z, z, need_weights=False)
         return z
 
-    def mlp_branch(self, block, x):
+    def mlp(self, block, x):
         return block.mlp(block.ln_2(x))
 
     def names(self, state):
@@ -936,7 +958,7 @@ def load_pretrained(backbone, weights):
     load_checked(backbone, tables | state, "the weights do not fit this backbone")
 
 
-# ---------------------------------------------------------------- verbs to copy
+# ---------------------------------------------------------------- freezing, saving, loading
 
 
 def freeze_all_but_adapters(model):
