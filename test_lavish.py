@@ -1699,12 +1699,11 @@ def test_the_best_epoch_on_val_is_kept_and_tested_and_patience_ends_a_run(toys, 
     script = iter([0.1, 0.5, 0.5, 0.2, 0.9])
     weights = []
 
-    def score(run, split):
-        weights.append(copy.deepcopy(lavish.trained_state_dict(run.model)))
+    def score(settings, facts, model, loader):
+        weights.append(copy.deepcopy(lavish.trained_state_dict(model)))
         return {"accuracy": next(script)}
 
     monkeypatch.setattr(train, "evaluate_ave", score)
-    monkeypatch.setitem(train.EVALUATE, "ave", score)
     main(f"ave --data={toys}/ave --epochs=9 --patience=2 --out=run")
     assert len(weights) == 5
     assert_same(trained("run"), weights[1])
@@ -1734,8 +1733,7 @@ def recite(task, facts, batches, *answers):
 
     So scores can be worked out by hand, without a net that would have to be trained.
     """
-    run = train.Run(train.Settings(task), facts, Recited(*answers), loaders={"test": batches})
-    return train.EVALUATE[task](run, "test")
+    return train.EVALUATE[task](train.Settings(task), facts, Recited(*answers), batches)
 
 
 def test_scores_of_masks_by_hand():
@@ -1839,9 +1837,8 @@ def test_a_film_of_two_clips_gives_the_models_answers_back(toys, capsys, monkeyp
     goes through ffmpeg, 25 frames a second and lossy sound.
     """
     main(f"ave --data={toys}/ave --epochs=1 --out=run")
-    run = train.open_run("run", {})
-    model = run.model
-    monkeypatch.setattr(train, "open_run", Mock(return_value=run))
+    settings, facts, model = train.open_run("run", {})
+    monkeypatch.setattr(train, "open_run", Mock(return_value=(settings, facts, model)))
     items = data.AVEDataset(f"{toys}/ave", "test", SIZE)
     torch.nn.init.normal_(model.head[1].weight)  # answers that differ from second to second
     inputs = [torch.stack(pair) for pair in zip(items[0][:2], items[1][:2])]
@@ -1852,7 +1849,7 @@ def test_a_film_of_two_clips_gives_the_models_answers_back(toys, capsys, monkeyp
     film("-a film.mp4", *clips)
     main("predict run './-a film.mp4' --out=new")
     found = re.findall(r"from \d+ s: (\w+)", capsys.readouterr().out)
-    names = [*run.facts["classes"], "background"]
+    names = [*facts["classes"], "background"]
     right = [name == names[k] for name, k in zip(found, wanted)]
     assert len(found) == 20
     assert sum(right) >= 17  # a film loses a little
@@ -1875,7 +1872,7 @@ def test_predict_reads_a_video_as_the_data_set_does(roots, monkeypatch):
     facts = {"stats": STATS, "vocabulary": wanted.vocabulary}
     asked = "How many sounding piano in the video？"
     settings = train.Settings("avqa", image_size=SIZE, question=asked)
-    clip = train.read_video(train.Run(settings, facts, None), "sa2")
+    clip = train.read_video(settings, facts, "sa2")
     assert_same(clip, [*wanted[1][:3]])
 
 
@@ -1986,10 +1983,10 @@ def test_the_settings_in_a_checkpoint_are_not_believed(stopped, capsys, name, va
 KEEP = """
 import torch, train
 finish = train.finish
-def keep(run):
+def keep(settings, facts, model, *others):
     items = train.gather(list(range(train.rank(), 7, 2)))
-    torch.save([run.model.state_dict(), torch.rand(4), items], f"rank{train.rank()}.pt")
-    finish(run)
+    torch.save([model.state_dict(), torch.rand(4), items], f"rank{train.rank()}.pt")
+    finish(settings, facts, model, *others)
 train.finish = keep
 train.main()
 """

@@ -24,7 +24,7 @@ Glossary
     given       {setting: value} of the options on the command line
     facts       what the model must know of its data: classes or vocabulary, mask size, statistics
                 of the spectrograms; the checksum of the frozen weights; AVQA's commonest answers
-    run         all that belongs to one run, an instance of Run; in `report`, its folder
+    log         {"loss", "val", "seconds"} of each epoch that is done
     scores      {what: number}, the score of the task first
     B, T, S, M  clips in a batch, seconds of a clip, pixels of an image's and of a mask's side
 """
@@ -197,42 +197,63 @@ def train_ave(settings):
     """Audio-visual event localisation, from settings to test score.
 
     Clips of ten seconds; each second is one of the events or background, and counts alike."""
-    run = start_run(settings)
-    while not is_over(run):
-        start_epoch(run)
+    dataset = open_split(settings, "train")
+    facts = {"classes": dataset.classes, "stats": dataset.stats}
+    clips = load_in_new_orders(settings, dataset)
+    val = load_in_order(settings, open_split(settings, "val", facts))
+    test = load_in_order(settings, open_split(settings, "test", facts))
+
+    model = build(settings, facts)
+    optimizer = make_optimizer(settings, model)
+    log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
+    # What to call in training: the model, on several processes DistributedDataParallel around it.
+    parallel = in_parallel(model)
+
+    for epoch in range(len(log), settings.epochs):
+        if has_waited_enough(settings, log):
+            break
+        start = time.time()
+        set_rates(settings, optimizer, epoch)
+        # Dropout and order follow from the seed and the epoch's number, so that a run which was
+        # stopped goes on bit for bit.
+        seed_dropout(settings, epoch)
+        model.train()
         losses = []  # of each step
-        for batch in progress(run.loaders["train"], "train"):
+        for batch in batches(clips, epoch):
             # (B,10,3,S,S), (B,10,S,S), with --extra-audio (B,10,128), and (B,10)
             frames, spectrograms, *extra, labels = on_device(settings, batch)
-            # run.forward is the model, on several processes DistributedDataParallel around it.
             with autocast(settings):
-                logits = run.forward(frames, spectrograms, *extra)  # (B,10,29)
+                logits = parallel(frames, spectrograms, *extra)  # (B,10,29)
             check_finite(logits)
             # Binary cross-entropy of the softmax against the one-hot label, as the release has it
             # (AVE/nets/net_trans.py:425, main_trans.py:219); cross_entropy is another loss.
             targets = F.one_hot(labels, logits.shape[-1]).float()  # (B,10,29)
             loss = F.binary_cross_entropy(logits.softmax(-1), targets)
 
-            run.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            run.optimizer.step()
+            optimizer.step()
             losses.append(loss.item())
             del logits, loss  # and their graph, which would scatter the memory of the next step
 
-        scores = evaluate_ave(run, "val")
-        end_epoch(run, losses, scores)
-    finish(run)
+        scores = evaluate_ave(settings, facts, model, val)
+        log.append(entry(losses, scores["accuracy"], start))
+        save_epoch(settings, facts, model, optimizer, log)
+
+    load_best_epoch(settings, model)
+    scores = evaluate_ave(settings, facts, model, test)
+    finish(settings, facts, model, log, test, scores)
 
 
-def evaluate_ave(run, split):
-    """Score a run on a split, as Tian et al. do: every second of every clip counts alike.
+def evaluate_ave(settings, facts, model, loader):
+    """Score a model on a split, as Tian et al. do: every second of every clip counts alike.
 
     -> {what: number}: accuracy over all seconds and, to compare it with, that of "background"
     everywhere. Here and below, the first number is the score of the task."""
-    background = len(run.facts["classes"])  # the number of its label
+    background = len(facts["classes"])  # the number of its label
     right = []
     is_background = []
-    for logits, labels in outputs(run, split):  # (B,10,29), (B,10)
+    for logits, labels in outputs(settings, model, loader):  # (B,10,29), (B,10)
         right.extend((logits.argmax(-1) == labels).tolist())
         is_background.extend((labels == background).tolist())
     return {
@@ -249,11 +270,26 @@ def train_avs(settings):
     """Audio-visual segmentation, from settings to test score.
 
     Clips of five seconds with a frame each. In training only the first frame has a mask."""
-    run = start_run(settings)
-    while not is_over(run):
-        start_epoch(run)
+    dataset = open_split(settings, "train")
+    facts = {"mask_size": dataset.mask_size, "stats": dataset.stats}
+    clips = load_in_new_orders(settings, dataset)
+    val = load_in_order(settings, open_split(settings, "val", facts))
+    test = load_in_order(settings, open_split(settings, "test", facts))
+
+    model = build(settings, facts)
+    optimizer = make_optimizer(settings, model)
+    log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
+    parallel = in_parallel(model)
+
+    for epoch in range(len(log), settings.epochs):
+        if has_waited_enough(settings, log):
+            break
+        start = time.time()
+        set_rates(settings, optimizer, epoch)
+        seed_dropout(settings, epoch)
+        model.train()
         losses = []  # of each step
-        for batch in progress(run.loaders["train"], "train"):
+        for batch in batches(clips, epoch):
             frames, spectrograms, masks = on_device(settings, batch)
             # S4 has a mask of the first frame only (AVS/avs_scripts/avs_s4/loss.py:17-24). Without
             # TPAVI the seconds meet in the adapters' batch statistics alone, so that a toy can do
@@ -262,26 +298,30 @@ def train_avs(settings):
                 frames = frames[:, :1]  # (B,1,3,S,S)
                 spectrograms = spectrograms[:, :1]
             with autocast(settings):
-                logits = run.forward(frames, spectrograms, first_only=True)  # (B,1,M,M)
+                logits = parallel(frames, spectrograms, first_only=True)  # (B,1,M,M)
             check_finite(logits)
             loss = F.binary_cross_entropy_with_logits(logits, masks)
 
-            run.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            run.optimizer.step()
+            optimizer.step()
             losses.append(loss.item())
             del logits, loss
 
-        scores = evaluate_avs(run, "val")
-        end_epoch(run, losses, scores)
-    finish(run)
+        scores = evaluate_avs(settings, facts, model, val)
+        log.append(entry(losses, scores["mean IoU"], start))
+        save_epoch(settings, facts, model, optimizer, log)
+
+    load_best_epoch(settings, model)
+    scores = evaluate_avs(settings, facts, model, test)
+    finish(settings, facts, model, log, test, scores)
 
 
-def evaluate_avs(run, split):
+def evaluate_avs(settings, facts, model, loader):
     """-> {what: number}: mean IoU over all frames, and the F score with beta^2 = 0.3."""
     ious = []
     f_scores = []
-    for logits, masks in outputs(run, split):  # (B,5,M,M)
+    for logits, masks in outputs(settings, model, loader):  # (B,5,M,M)
         logits = logits[:, : masks.shape[1]].flatten(0, 1)  # train has a mask of the first frame
         masks = masks.flatten(0, 1)  # (n,M,M)
         ious.extend(mask_iou(logits, masks).tolist())
@@ -328,15 +368,34 @@ def train_avqa(settings):
 
     The net also learns, with half the weight, whether a frame goes with the sound: its own frames
     do, those of other videos (negatives) do not."""
-    run = start_run(settings)
-    while not is_over(run):
-        start_epoch(run)
+    dataset = open_split(settings, "train")
+    facts = {
+        "guesses": commonest_answers(dataset.questions),
+        "vocabulary": dataset.vocabulary,
+        "stats": dataset.stats,
+    }
+    clips = load_in_new_orders(settings, dataset)
+    val = load_in_order(settings, open_split(settings, "val", facts))
+    test = load_in_order(settings, open_split(settings, "test", facts))
+
+    model = build(settings, facts)
+    optimizer = make_optimizer(settings, model)
+    log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
+    parallel = in_parallel(model)
+
+    for epoch in range(len(log), settings.epochs):
+        if has_waited_enough(settings, log):
+            break
+        start = time.time()
+        set_rates(settings, optimizer, epoch)
+        seed_dropout(settings, epoch)
+        model.train()
         losses = []  # of each step
-        for batch in progress(run.loaders["train"], "train"):
+        for batch in batches(clips, epoch):
             # One stream alone has no negatives: a match takes two.
             frames, spectrograms, question, *negatives, answer = on_device(settings, batch)
             with autocast(settings):
-                logits, match = run.forward(frames, spectrograms, question, *negatives)
+                logits, match = parallel(frames, spectrograms, question, *negatives)
             check_finite(logits)
             loss = F.cross_entropy(logits, answer)  # logits (B,answers)
             if match is not None:
@@ -346,32 +405,36 @@ def train_avqa(settings):
                 goes_with = number < len(match) // 2  # (2BT,)
                 loss = loss + 0.5 * F.cross_entropy(match, goes_with.long())
 
-            run.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            run.optimizer.step()
+            optimizer.step()
             losses.append(loss.item())
             del logits, match, loss
 
-        scores = evaluate_avqa(run, "val")
-        end_epoch(run, losses, scores)
-    finish(run)
+        scores = evaluate_avqa(settings, facts, model, val)
+        log.append(entry(losses, scores["accuracy"], start))
+        save_epoch(settings, facts, model, optimizer, log)
+
+    load_best_epoch(settings, model)
+    scores = evaluate_avqa(settings, facts, model, test)
+    finish(settings, facts, model, log, test, scores)
 
 
-def evaluate_avqa(run, split):
+def evaluate_avqa(settings, facts, model, loader):
     """-> {what: number}: accuracy over all questions, what the words of the questions alone would
     score, and accuracy by type of question."""
     right = []
-    for logits, answer in outputs(run, split):  # (B,answers)
+    for logits, answer in outputs(settings, model, loader):  # (B,answers)
         right.extend((logits.argmax(-1) == answer).tolist())
     right = gather(right)
 
     by_type = defaultdict(list)  # {type of question: is each one right?}
     guessed = []  # would the commonest answer be right?
-    for is_right, question in zip(right, data.source(run.loaders[split]).questions):
+    for is_right, question in zip(right, data.source(loader).questions):
         modality, kind = question["type"]
         by_type[f"{modality} {kind}"].append(is_right)
         by_type[f"{modality} average"].append(is_right)
-        guess = run.facts["guesses"].get(" ".join(question["words"]))
+        guess = facts["guesses"].get(" ".join(question["words"]))
         guessed.append(guess == question["answer"])
     scores = {"accuracy": np.mean(right)}
     scores["from the words of the question alone"] = np.mean(guessed)
@@ -395,32 +458,51 @@ def commonest_answers(questions):
 def train_ucf101(settings):
     """Action recognition, from settings to test score. 16 frames and 8 seconds of sound a clip,
     which may be silent."""
-    run = start_run(settings)
-    while not is_over(run):
-        start_epoch(run)
+    dataset = open_split(settings, "train")
+    facts = {"classes": dataset.classes, "stats": dataset.stats}
+    clips = load_in_new_orders(settings, dataset)
+    val = load_in_order(settings, open_split(settings, "val", facts))
+    test = load_in_order(settings, open_split(settings, "test", facts))
+
+    model = build(settings, facts)
+    optimizer = make_optimizer(settings, model)
+    log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
+    parallel = in_parallel(model)
+
+    for epoch in range(len(log), settings.epochs):
+        if has_waited_enough(settings, log):
+            break
+        start = time.time()
+        set_rates(settings, optimizer, epoch)
+        seed_dropout(settings, epoch)
+        model.train()
         losses = []  # of each step
-        for batch in progress(run.loaders["train"], "train"):
+        for batch in batches(clips, epoch):
             frames, spectrograms, label = on_device(settings, batch)
             with autocast(settings):
-                logits = run.forward(frames, spectrograms)  # (B,classes)
+                logits = parallel(frames, spectrograms)  # (B,classes)
             check_finite(logits)
             loss = F.cross_entropy(logits, label)
 
-            run.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            run.optimizer.step()
+            optimizer.step()
             losses.append(loss.item())
             del logits, loss
 
-        scores = evaluate_ucf101(run, "val")
-        end_epoch(run, losses, scores)
-    finish(run)
+        scores = evaluate_ucf101(settings, facts, model, val)
+        log.append(entry(losses, scores["accuracy"], start))
+        save_epoch(settings, facts, model, optimizer, log)
+
+    load_best_epoch(settings, model)
+    scores = evaluate_ucf101(settings, facts, model, test)
+    finish(settings, facts, model, log, test, scores)
 
 
-def evaluate_ucf101(run, split):
+def evaluate_ucf101(settings, facts, model, loader):
     """-> {what: number}: accuracy over all clips."""
     right = []
-    for logits, label in outputs(run, split):  # (B,classes)
+    for logits, label in outputs(settings, model, loader):  # (B,classes)
         right.extend((logits.argmax(-1) == label).tolist())
     return {"accuracy": np.mean(gather(right))}
 
@@ -429,24 +511,24 @@ def evaluate_ucf101(run, split):
 # Evaluation differs in its scores alone.
 
 
-def outputs(run, split):
+def outputs(settings, model, loader):
     """The one loop of evaluation: yield the logits of each batch, on the CPU, and the truth.
 
     The model is in evaluation mode: batch norms use their running statistics, dropout is off."""
-    run.model.eval()
+    model.eval()
     if dist.is_initialized():
-        for buffer in run.model.buffers():  # the statistics of the first process, as it saves them
+        for buffer in model.buffers():  # the statistics of the first process, as it saves them
             dist.broadcast(buffer, 0)
-    for *inputs, truth in progress(run.loaders[split], "score"):
-        yield logits_of(run, inputs), truth
+    for *inputs, truth in progress(loader, "score"):
+        yield logits_of(settings, model, inputs), truth
 
 
 @torch.no_grad()
-def logits_of(run, inputs):
+def logits_of(settings, model, inputs):
     """What the net says to a batch of inputs, on the CPU. The model is in evaluation mode."""
-    with autocast(run.settings):
-        logits = run.model(*on_device(run.settings, inputs))
-    if run.settings.task == "avqa":
+    with autocast(settings):
+        logits = model(*on_device(settings, inputs))
+    if settings.task == "avqa":
         logits, _ = logits  # and no match
     check_finite(logits)
     return logits.cpu()
@@ -462,52 +544,52 @@ EVALUATE = {
 }
 
 # ---------------------------------------------------------------- data, model, optimiser
-# What a model must know of its data (`facts`) is found here once, and is kept in the checkpoint.
+# Each process has its share of every split.
 
 
-def open_loaders(settings, facts):
-    """{split: loader}. Each process has its share of every split: of training in an order that
-    changes from epoch to epoch, of the others every n-th item."""
-    loaders = {}
-    for split in ("train", "val", "test"):
-        dataset = open_split(settings, split, facts)
-        if data.is_toy(settings.data):  # at 32 pixels a side it fits the memory
-            dataset = data.Cached(dataset)
-        sampler = range(rank(), len(dataset), processes())
-        if split == "train":
-            if settings.task == "avqa" and settings.modality == "av":
-                dataset = data.NegativeFrames(dataset, settings.seed)
-            sampler = DistributedSampler(dataset, processes(), rank(), seed=settings.seed)
-        loaders[split] = make_loader(settings, dataset, sampler)
-    return loaders
-
-
-def open_split(settings, split, facts):
+def open_split(settings, split, facts=None):
     """One split, with every file known to be there.
 
-    The first split fills `facts`: classes, size of the masks, vocabulary, commonest answers,
-    statistics of the spectrograms. They hold for the other splits, and for every data set that the
-    run is scored on later, because the model was built and trained by them."""
-    more = {"stats": facts.get("stats")}
+    facts: of the training split, by which the model was built. They hold for the other splits, and
+    for every data set that a run is scored on later; a data set of others is refused."""
+    facts = facts or {}
+    options = {"stats": facts.get("stats")}
     if settings.task == "ave":
-        more["extra_audio"] = settings.extra_audio
+        options["extra_audio"] = settings.extra_audio
     if settings.task == "avqa":
-        more["moments"] = settings.moments
-        more["vocabulary"] = facts.get("vocabulary")
-    dataset = data.DATASETS[settings.task](settings.data, split, settings.image_size, **more)
-    if settings.task == "avqa":
-        facts.setdefault("guesses", commonest_answers(dataset.questions))
-    for name in ("classes", "mask_size", "vocabulary", "stats"):
-        if hasattr(dataset, name):
-            found = getattr(dataset, name)
-            known = facts.setdefault(name, found)
-            require(known == found, f"{settings.data}: {split} has other {name} than training")
+        options["moments"] = settings.moments
+        options["vocabulary"] = facts.get("vocabulary")
+    dataset = data.DATASETS[settings.task](settings.data, split, settings.image_size, **options)
+    for name in ("classes", "mask_size"):
+        same = name not in facts or facts[name] == getattr(dataset, name)
+        require(same, f"{settings.data}: {split} has other {name} than training")
     missing = data.missing_files(dataset)
     require(not missing, f"{len(missing)} files are missing: {missing[:1]} ...; see the README")
     return dataset
 
 
-def make_loader(settings, dataset, sampler=None):
+def load_in_new_orders(settings, dataset):
+    """Batches for training, in another order in each epoch (see `batches`)."""
+    dataset = cached(settings, dataset)
+    if settings.task == "avqa" and settings.modality == "av":
+        dataset = data.NegativeFrames(dataset, settings.seed)
+    sampler = DistributedSampler(dataset, processes(), rank(), seed=settings.seed)
+    return make_loader(settings, dataset, sampler)
+
+
+def load_in_order(settings, dataset):
+    """Batches for scoring: of n processes each one has every n-th item."""
+    dataset = cached(settings, dataset)
+    sampler = range(rank(), len(dataset), processes())
+    return make_loader(settings, dataset, sampler)
+
+
+def cached(settings, dataset):
+    """The items of a toy are read once: at 32 pixels a side they fit the memory."""
+    return data.Cached(dataset) if data.is_toy(settings.data) else dataset
+
+
+def make_loader(settings, dataset, sampler):
     """Batches of a dataset, read by settings.workers processes; 0: by this one."""
     return DataLoader(
         dataset,
@@ -517,6 +599,13 @@ def make_loader(settings, dataset, sampler=None):
         # Of its own, so that the loader does not draw from the random numbers of dropout.
         generator=torch.Generator(),
     )
+
+
+def batches(loader, epoch):
+    """The training batches of an epoch: another order, and for AVQA other negatives, in each."""
+    loader.sampler.set_epoch(epoch)
+    loader.dataset.epoch = epoch
+    return progress(loader, "train")
 
 
 def build(settings, facts):
@@ -575,7 +664,7 @@ def checksum(module):
 
 
 def make_optimizer(settings, model):
-    """Adam, with a learning rate for each part of the model, which start_epoch sets by its name.
+    """Adam, with a learning rate for each part of the model, which set_rates sets by its name.
 
     The supplementary gives 3e-6 to "the grounding modules and the final prediction layer" of AVQA's
     head; the rest (embedding, LSTM, question, input projections, fusion) has head_lr."""
@@ -720,44 +809,23 @@ def gather(items):
 # for that: order, dropout and negatives of an epoch follow from the seed and its number.
 
 
-@dataclass
-class Run:
-    """What a run consists of. It does nothing by itself."""
-
-    settings: Settings
-    facts: dict  # what the model must know of its data, kept with what is trained
-    model: torch.nn.Module
-    forward: object = None  # what to call in training: the model, wrapped on several processes
-    optimizer: object = None
-    loaders: dict = None  # {split: batches of frames, spectrograms, ..., truth}
-    log: list = None  # {"loss", "val", "seconds"} of each epoch that is done
-    start: float = 0.0  # when the epoch started
-
-
-def start_run(settings):
-    """Open the data and build the model; with --resume, as the last whole epoch left it.
+def resume(settings, facts, model, optimizer):
+    """With --resume, bring model and optimiser to where the last whole epoch left them. -> log
 
     Raises InputError if data or weights have changed since."""
-    facts = {}
-    loaders = open_loaders(settings, facts)
-    model = build(settings, facts)
-    optimizer = make_optimizer(settings, model)
-    log = []
-    if settings.resume:
-        saved = load_run(settings.out, "state.pt")
-        require(saved["facts"] == facts, f"{settings.out} was trained on other data or weights")
-        lavish.load_trained_state_dict(model, saved["trained"])
-        optimizer.load_state_dict(saved["optimizer"])
-        log = saved["log"]
-    return Run(settings, facts, model, in_parallel(model), optimizer, loaders, log)
+    if not settings.resume:
+        return []
+    saved = load_run(settings.out, "state.pt")
+    require(saved["facts"] == facts, f"{settings.out} was trained on other data or weights")
+    lavish.load_trained_state_dict(model, saved["trained"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["log"]
 
 
-def is_over(run):
-    """Whether training ends: after all epochs, or when the last `patience` epochs brought no better
-    val score."""
-    epoch = len(run.log)
-    waited = epoch - best_epoch(run.log)
-    return epoch >= run.settings.epochs or 0 < run.settings.patience <= waited
+def has_waited_enough(settings, log):
+    """Whether the last `patience` epochs brought no better val score."""
+    waited = len(log) - best_epoch(log)
+    return 0 < settings.patience <= waited
 
 
 def best_epoch(log):
@@ -769,26 +837,19 @@ def best_epoch(log):
     return scores.index(max(scores)) + 1 if scores else 0
 
 
-def start_epoch(run):
-    """Prepare the next epoch.
-
-    The order of the clips, the noise of dropout and the learning rates follow from the seed and the
-    epoch's number, so that a run which was stopped goes on bit for bit. Each process of torchrun
-    has noise of its own."""
-    settings = run.settings
-    loader = run.loaders["train"]
-    epoch = len(run.log)  # counted from 0
-    torch.manual_seed((settings.seed * 1000 + epoch) * 1000 + rank())  # of dropout
-    loader.sampler.set_epoch(epoch)
-    loader.dataset.epoch = epoch  # of the negatives
+def set_rates(settings, optimizer, epoch):
+    """Give each part of the model its learning rate in this epoch, counted from 0."""
     decay = 1.0
     if settings.linear_decay:
         # On a line from 1, at the start of the run, to 0, at its end: in the middle of this epoch.
         decay = 1 - (epoch + 0.5) / settings.epochs
-    for group in run.optimizer.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = getattr(settings, group["rate"]) * decay
-    run.model.train()
-    run.start = time.time()
+
+
+def seed_dropout(settings, epoch):
+    """Each epoch has noise of its own, and so has each process of torchrun."""
+    torch.manual_seed((settings.seed * 1000 + epoch) * 1000 + rank())
 
 
 def autocast(settings):
@@ -810,60 +871,68 @@ def check_finite(logits):
     )
 
 
-def end_epoch(run, losses, scores):
-    """Log an epoch and keep its state for --resume, and the model if it is the best so far.
+def entry(losses, score, start):
+    """What the log keeps of an epoch: mean loss over its steps, score on val, seconds of both."""
+    return {"loss": float(np.mean(losses)), "val": float(score), "seconds": time.time() - start}
+
+
+def save_epoch(settings, facts, model, optimizer, log):
+    """Print the epoch that is done and keep its state for --resume, and the model if it is the best
+    so far.
 
     The best is chosen on val, so that test is seen once. The release chooses on test
     (AVE/main_trans.py:167, AVS avs_s4/train.py:203)."""
-    loss = float(np.mean(losses))  # over the steps of the epoch
-    score = float(list(scores.values())[0])
-    seconds = time.time() - run.start  # with scoring on val
-    run.log.append({"loss": loss, "val": score, "seconds": seconds})
-    is_best = best_epoch(run.log) == len(run.log)
+    is_best = best_epoch(log) == len(log)
+    last = log[-1]
     print(
-        f"epoch {len(run.log):3}   loss {loss:.4f}   val {score:.4f}   {seconds:5.1f} s",
+        f"epoch {len(log):3}   loss {last['loss']:.4f}   val {last['val']:.4f}   "
+        f"{last['seconds']:5.1f} s",
         "  best so far" if is_best else "",
         flush=True,
     )
     if rank() > 0:
         return
     state = {
-        "settings": asdict(run.settings),
-        "facts": run.facts,
-        "trained": lavish.trained_state_dict(run.model),
+        "settings": asdict(settings),
+        "facts": facts,
+        "trained": lavish.trained_state_dict(model),
     }
     if is_best:
-        data.save_tensors(state, f"{run.settings.out}/adapters.pt")
-    state["log"] = run.log  # for --resume, with what follows
-    state["optimizer"] = run.optimizer.state_dict()
-    data.save_tensors(state, f"{run.settings.out}/state.pt")
+        data.save_tensors(state, f"{settings.out}/adapters.pt")
+    state["log"] = log  # for --resume, with what follows
+    state["optimizer"] = optimizer.state_dict()
+    data.save_tensors(state, f"{settings.out}/state.pt")
 
 
-def finish(run):
-    """Score the best epoch on test, once, and write result.json: with it the run is done.
+def load_best_epoch(settings, model):
+    """Take the model back to the epoch that was the best on val."""
+    wait_for_all()  # until the first process has written it
+    lavish.load_trained_state_dict(model, load_run(settings.out, "adapters.pt")["trained"])
+
+
+def finish(settings, facts, model, log, test, scores):
+    """Print the scores on test, draw a clip and write result.json: with it the run is done.
 
     gflop is that of one clip; seconds are those of the epochs, with scoring on val."""
-    wait_for_all()  # until the first process has written the best epoch
-    lavish.load_trained_state_dict(run.model, load_run(run.settings.out, "adapters.pt")["trained"])
-    scores = EVALUATE[run.settings.task](run, "test")
     if rank() > 0:
         return
     print("\ntest")
     print_scores(scores)
-    trained, total = lavish.count_parameters(run.model)
+    trained, total = lavish.count_parameters(model)
     print(f"{'trainable of all parameters':45} {trained:,} of {total:,}")
-    *clip, truth = data.source(run.loaders["test"])[0]
-    draw(run, clip, {"found": find(run, clip), "true": truth}, f"{run.settings.out}/test.png")
+    *clip, truth = data.source(test)[0]
+    answers = {"found": find(settings, model, clip), "true": truth}
+    draw(settings, facts, clip, answers, f"{settings.out}/test.png")
     result = {
         "test": list(scores.values())[0],
         "scores": scores,
-        "log": run.log,
-        "seconds": sum(entry["seconds"] for entry in run.log),
-        "gflop": count_gflop(run.settings, run.model),
-        "settings": asdict(run.settings),
+        "log": log,
+        "seconds": sum(epoch["seconds"] for epoch in log),
+        "gflop": count_gflop(settings, model),
+        "settings": asdict(settings),
     }
-    data.write_lines([json.dumps(result, indent=1)], f"{run.settings.out}/result.json")
-    os.remove(f"{run.settings.out}/state.pt")  # nothing is left to resume
+    data.write_lines([json.dumps(result, indent=1)], f"{settings.out}/result.json")
+    os.remove(f"{settings.out}/state.pt")  # nothing is left to resume
 
 
 def print_scores(scores):
@@ -878,7 +947,7 @@ def print_scores(scores):
 
 
 def load_run(folder, name):
-    """What end_epoch saved: settings (as Settings), facts, trained, and of state.pt the rest.
+    """What save_epoch saved: settings (as Settings), facts, trained, and of state.pt the rest.
 
     Raises InputError for a file that is not of this kind: it may be anybody's."""
     path = f"{folder}/{name}"
@@ -894,7 +963,7 @@ def load_run(folder, name):
 
 
 def open_run(folder, given):
-    """A folder that training left -> the run with the model of its best epoch.
+    """A folder that training left -> settings, facts, and the model of its best epoch.
 
     given: what the command line says in place of the run's own settings, --data for example. The
     device is this machine's, unless given: the run may have been trained on another one."""
@@ -902,16 +971,15 @@ def open_run(folder, given):
     settings = settings_of(saved["settings"], {"device": Settings.device, **given, "out": folder})
     model = build(settings, saved["facts"])
     lavish.load_trained_state_dict(model, saved["trained"])
-    return Run(settings, saved["facts"], model.eval())
+    return settings, saved["facts"], model.eval()
 
 
 def evaluate(folder, given):
     """Print the scores of a trained run on a split of its data set, or of another one with --data,
     which must have the same classes, vocabulary and mask size."""
-    run = open_run(folder, given)
-    split = run.settings.split
-    run.loaders = {split: make_loader(run.settings, open_split(run.settings, split, run.facts))}
-    print_scores(EVALUATE[run.settings.task](run, split))
+    settings, facts, model = open_run(folder, given)
+    loader = load_in_order(settings, open_split(settings, settings.split, facts))
+    print_scores(EVALUATE[settings.task](settings, facts, model, loader))
 
 
 # Seconds of a clip; AVQA's has --moments instead.
@@ -926,62 +994,59 @@ def predict(folder, videos, given):
     was trained on, because memory is finite."""
     require(videos, "predict wants the folder of a run, then videos")
     pictures = given.pop("out", ".")
-    run = open_run(folder, given)
-    task = run.settings.task
+    settings, facts, model = open_run(folder, given)
+    task = settings.task
     require(
-        task != "ucf101" and not run.settings.extra_audio,
+        task != "ucf101" and not settings.extra_audio,
         "predict is for ave (without --extra-audio), avs and avqa",
     )
-    require(
-        (run.settings.question != "") == (task == "avqa"), "avqa, and no other, wants --question"
-    )
+    require((settings.question != "") == (task == "avqa"), "avqa, and no other, wants --question")
     os.makedirs(pictures, exist_ok=True)
     for number, video in enumerate(videos):
-        frames, spectrograms, *more = read_video(run, video)
+        frames, spectrograms, *more = read_video(settings, facts, video)
         length = SECONDS.get(task, len(frames))
         for start in range(0, len(frames), length):
             clip = [frames[start : start + length], spectrograms[start : start + length], *more]
-            found = find(run, clip)
+            found = find(settings, model, clip)
             if task != "avs":
-                for t, name in enumerate(names_of(run, found), start):
+                for t, name in enumerate(names_of(facts, found), start):
                     print(f"{video}, from {t} s: {name}")
             path = f"{pictures}/{number}-{basename(video)}-{start:04d}.png"
-            draw(run, clip, {"found": found}, path)
+            draw(settings, facts, clip, {"found": found}, path)
 
 
-def find(run, clip):
+def find(settings, model, clip):
     """What the net finds in a clip, its inputs without a batch: masks (T,M,M), labels (T,), or one
     answer or action ()."""
-    logits = logits_of(run, [x[None] for x in clip])[0]
-    return logits > 0 if run.settings.task == "avs" else logits.argmax(-1)
+    logits = logits_of(settings, model, [x[None] for x in clip])[0]
+    return logits > 0 if settings.task == "avs" else logits.argmax(-1)
 
 
-def names_of(run, labels):
+def names_of(facts, labels):
     """The names of labels: classes, of which the background is the last, or answers."""
-    names = run.facts.get("classes") or run.facts["vocabulary"]["answers"]
+    names = facts.get("classes") or facts["vocabulary"]["answers"]
     names = [*names, "background"]
     return [names[k] for k in labels.view(-1)]
 
 
-def read_video(run, video):
+def read_video(settings, facts, video):
     """A video file -> frames (T,3,S,S), spectrograms (T,S,S), and AVQA's question (W,).
 
     The same functions read it that read the data sets. T is its seconds, or AVQA's moments."""
-    settings = run.settings
     with tempfile.TemporaryDirectory() as folder:
         *paths, wav = data.video_files(folder, data.extract_video(video, folder))
         count = settings.moments if settings.task == "avqa" else len(paths)
         chosen = data.evenly(len(paths), count)
         frames = data.read_frames([paths[second] for second in chosen], settings.image_size)
         seconds = data.seconds_of(data.read_wav(wav), len(paths))[chosen]  # (T,16000)
-    clip = [frames, data.spectrograms_of(seconds, settings.image_size, run.facts["stats"])]
+    clip = [frames, data.spectrograms_of(seconds, settings.image_size, facts["stats"])]
     if settings.task == "avqa":
         words = settings.question.strip().rstrip("?\uff1f").split(" ")
-        clip.append(data.encode(words, run.facts["vocabulary"]))
+        clip.append(data.encode(words, facts["vocabulary"]))
     return clip
 
 
-def draw(run, clip, answers, path):
+def draw(settings, facts, clip, answers, path):
     """Write a picture of a clip as PNG, a column for each second: frames, spectrograms, answers.
 
     clip: inputs of the net without a batch; answers: {"found": and "true": labels or masks}."""
@@ -990,16 +1055,16 @@ def draw(run, clip, answers, path):
     frames = frames[:: len(frames) // columns]  # (T,3,S,S); UCF101 has two for a sound
     # As people draw spectrograms: time runs right and pitch up.
     rows = [frames, spectrograms.transpose(1, 2).flip(1)[:, None]]  # and (T,1,S,S)
-    if run.settings.task == "avs":
+    if settings.task == "avs":
         rows += [masks[:, None].float() for masks in answers.values()]  # (T,1,M,M)
     strips = []
     for row in rows:
         tiles = F.interpolate(row, (112, 112))
         # From the least value, black, to the greatest, white. A mask of one value is black.
         strips.append(make_grid(tiles, columns, 4, normalize=True, pad_value=1))
-    if run.settings.task != "avs":
+    if settings.task != "avs":
         for what, labels in answers.items():
-            names = names_of(run, labels.expand(columns))
+            names = names_of(facts, labels.expand(columns))
             tiles = [text_tile(f"{what}: {name}") for name in names]
             strips.append(make_grid(tiles, columns, 4, pad_value=1))
     data.write_image(path, (torch.cat(strips, 1) * 255).byte())  # (3,H,W)
