@@ -141,20 +141,20 @@ def wav_path(root, video):
 
 
 def video_files(root, video):
-    """All files of a video: its frames, then its sound."""
-    return [*frame_paths(video_folder(root, video)), wav_path(root, video)]
+    """The frames of a video, a list of paths, and its sound, one path."""
+    return frame_paths(video_folder(root, video)), wav_path(root, video)
 
 
 def frame_paths(folder):
     """The frames of a video in the order of their numbers, whatever the padding with zeros.
 
-    A folder without frames gives the name that the first one should have; whoever opens it says
-    what is missing.
+    InputError for a folder without any.
     """
     names = os.listdir(folder) if isdir(folder) else []
     names = [name for name in names if re.fullmatch(r"\d+\.jpg", name)]
     names.sort(key=lambda name: int(name[:-4]))  # 9.jpg comes before 10.jpg
-    return [f"{folder}/{name}" for name in names or ["0001.jpg"]]
+    require(names, f"no frames 0001.jpg, 0002.jpg ... in {folder}; data.py check reads every item")
+    return [f"{folder}/{name}" for name in names]
 
 
 def read_lines(path):
@@ -183,9 +183,15 @@ def read_json(path):
 
 
 def missing_files(dataset):
-    """The paths that the items of a dataset need and that do not exist, each once."""
-    needed = (path for i in range(len(dataset)) for path in dataset.files(i))
-    return [path for path in dict.fromkeys(needed) if not exists(path)]
+    """The paths that the items of a dataset need and that do not exist."""
+    missing = []
+    for i in distinct_items(dataset):
+        *images, wav = dataset.files(i)  # frames, with AVSBench masks, and the sound
+        needed = list(itertools.chain(*images))
+        if not dataset.may_be_silent:
+            needed.append(wav)
+        missing += [path for path in needed if not exists(path)]
+    return missing
 
 
 # ---------------------------------------------------------------- statistics of the spectrograms
@@ -221,9 +227,10 @@ def find_stats(root, task, size):
 
 
 # ---------------------------------------------------------------- AVE
-# Each Dataset below has the same five methods. files(i) names the files that item i needs, its
-# sound last; seconds(i) is the sound that becomes spectrograms, (T, 16000). A list of a wrong form
-# is an InputError of __init__, a damaged frame or sound one of __getitem__.
+# Each Dataset below has the same methods. video(i) says which video item i is of; files(i) names
+# the files that it needs: frames, with AVSBench masks, and the sound; seconds(i) is the sound that
+# becomes spectrograms, (T, 16000). A list of a wrong form is an InputError of __init__, a damaged
+# frame or sound one of __getitem__.
 
 
 class AVEDataset(Dataset):
@@ -241,6 +248,8 @@ class AVEDataset(Dataset):
     (28 in the real data). One real row has start = end = 0: all of it is background.
     extra_audio is an .npy of shape (rows of Annotations.txt, 10, 128).
     """
+
+    may_be_silent = False
 
     def __init__(self, root, split, size, stats=None, extra_audio=""):
         self.root = root
@@ -276,22 +285,25 @@ class AVEDataset(Dataset):
     def __len__(self):
         return len(self.clips)
 
+    def video(self, i):
+        video, *_ = self.clips[i]
+        return video
+
     def files(self, i):
-        """The frames of the video, then its sound."""
-        return video_files(self.root, self.clips[i][0])
+        return video_files(self.root, self.video(i))
 
     def seconds(self, i):
         """The ten seconds of sound. A sound that is too short ends in silence."""
-        video, *_ = self.clips[i]
-        return seconds_of(read_wav(wav_path(self.root, video)), 10)  # (10, 16000)
+        wav = wav_path(self.root, self.video(i))
+        return seconds_of(read_wav(wav), 10)  # (10, 16000)
 
     def __getitem__(self, i):
-        _, label, start, end = self.clips[i]
+        video, label, start, end = self.clips[i]
 
         # The middle frame of each second; after the last frame, the last one again. The release
         # stretches whatever frames there are over the ten seconds (AVE/dataloader.py:223), which
         # shifts them against the labels if there are 9 or 11.
-        *paths, _ = self.files(i)
+        paths = frame_paths(video_folder(self.root, video))
         rate = max(1, round(len(paths) / 10))  # frames a second
         middles = [t * rate + rate // 2 for t in range(10)]
         frames = read_frames([paths[min(k, len(paths) - 1)] for k in middles], self.size)
@@ -333,6 +345,8 @@ class AVSBenchDataset(Dataset):
     M is mask_size, the size of the mask files (224). A mask may be empty.
     """
 
+    may_be_silent = False
+
     def __init__(self, root, split, size, stats=None):
         self.root = root
         self.split = split
@@ -348,35 +362,38 @@ class AVSBenchDataset(Dataset):
         require(self.clips, f"{path} lists no {split} clips")
 
         # All masks have the size of the first: a batch of them is one tensor.
-        self.mask_size = read_image(self.files(0)[5]).shape[-1]
+        _, masks, _ = self.files(0)
+        self.mask_size = read_image(masks[0]).shape[-1]
         self.stats = stats or find_stats(root, "avs", size)
 
     def __len__(self):
         return len(self.clips)
 
+    def video(self, i):
+        return self.clips[i]
+
     def files(self, i):
-        """The five frames, then the masks, then the sound."""
         name, category = self.clips[i]
         folder = f"{self.root}/s4_data"
         clip = f"{self.split}/{category}/{name}"
         count = 1 if self.split == "train" else 5  # in train the first frame alone has a mask
         frames = [f"{folder}/visual_frames/{clip}/{name}_{k}.png" for k in range(1, 6)]
         masks = [f"{folder}/gt_masks/{clip}/{name}_{k}.png" for k in range(1, count + 1)]
-        return [*frames, *masks, f"{folder}/audio_wav/{clip}.wav"]
+        return frames, masks, f"{folder}/audio_wav/{clip}.wav"
 
     def seconds(self, i):
         """The five seconds of sound. Frame k is from the end of second k."""
-        *_, wav = self.files(i)
+        _, _, wav = self.files(i)
         return seconds_of(read_wav(wav), 5)  # (5, 16000)
 
     def __getitem__(self, i):
-        *images, _ = self.files(i)  # frames and masks
+        frames, masks, _ = self.files(i)
 
         # The release resizes in the net, bicubic too (AVS/avs_scripts/avs_s4/model/
         # PVT_AVSModel.py:435). Masks keep their size.
-        frames = read_frames(images[:5], self.size)
+        frames = read_frames(frames, self.size)
         spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
-        masks = torch.stack([read_mask(path, self.mask_size) for path in images[5:]])
+        masks = torch.stack([read_mask(path, self.mask_size) for path in masks])
         return frames, spectrograms, masks
 
 
@@ -413,6 +430,8 @@ class MusicAVQADataset(Dataset):
     "<pad>" first (93 and 42 in the real data), and "length" W of the longest question (14).
     """
 
+    may_be_silent = False
+
     def __init__(self, root, split, size, stats=None, vocabulary=None, moments=10):
         self.root = root
         self.split = split
@@ -430,15 +449,17 @@ class MusicAVQADataset(Dataset):
             require(answer in vocabulary["answers"], fault)
             question["indices"] = encode(question["words"], vocabulary)
         self.stats = stats or find_stats(root, "avqa", size)
-        self.video = None  # the one that was read last
+        self.last = None  # the video that was read last
         self.clip = None  # its frames and spectrograms
 
     def __len__(self):
         return len(self.questions)
 
+    def video(self, i):
+        return self.questions[i]["video"]
+
     def files(self, i):
-        """The frames of the video, then its sound. Many questions share one video."""
-        return video_files(self.root, self.questions[i]["video"])
+        return video_files(self.root, self.video(i))
 
     def seconds(self, i):
         """The seconds of sound that belong to the frames of the T moments.
@@ -446,19 +467,19 @@ class MusicAVQADataset(Dataset):
         A video of n frames has n seconds, however long its sound is: 60.019 s of sound beside 60
         frames must not move the moments of the sound against those of the frames.
         """
-        *paths, wav = self.files(i)
+        paths, wav = self.files(i)
         sound = seconds_of(read_wav(wav), len(paths))  # (n, 16000)
         return sound[evenly(len(paths), self.count)]  # (T, 16000)
 
     def __getitem__(self, i):
         question = self.questions[i]
-        if question["video"] != self.video:  # many questions in a row are about one video
+        if question["video"] != self.last:  # many questions in a row are about one video
             # Frame and sound of a moment are of the same second: there is one frame a second.
-            *paths, _ = self.files(i)
+            paths, _ = self.files(i)
             at = evenly(len(paths), self.count)
             frames = read_frames([paths[second] for second in at], self.size)
             self.clip = (frames, spectrograms_of(self.seconds(i), self.size, self.stats))
-            self.video = question["video"]
+            self.last = question["video"]
         frames, spectrograms = self.clip
         answer = self.vocabulary["answers"].index(question["answer"])
         return frames, spectrograms, question["indices"], torch.tensor(answer)
@@ -590,6 +611,8 @@ class UCF101Dataset(Dataset):
     cut from one video, so groups must not be torn apart). The release has no code for UCF101.
     """
 
+    may_be_silent = True  # half of the classes have no sound
+
     def __init__(self, root, split, size, stats=None):
         self.root = root
         self.split = split
@@ -618,14 +641,16 @@ class UCF101Dataset(Dataset):
     def __len__(self):
         return len(self.clips)
 
+    def video(self, i):
+        video, _ = self.clips[i]
+        return video
+
     def files(self, i):
-        """The frames of the clip, then its sound if it has one."""
-        *paths, wav = video_files(self.root, self.clips[i][0])
-        return [*paths, wav] if exists(wav) else paths
+        return video_files(self.root, self.video(i))
 
     def seconds(self, i):
         """Eight windows of a second, each centred between two of the 16 frames."""
-        wav = wav_path(self.root, self.clips[i][0])
+        wav = wav_path(self.root, self.video(i))
         sound = read_wav(wav) if exists(wav) else torch.zeros(0)
         padded = pad(sound, (SAMPLE_RATE // 2, SAMPLE_RATE // 2))
         # A window that begins at sample c of the padded sound is centred at sample c of the sound.
@@ -670,10 +695,10 @@ DATASETS = {
 
 
 def distinct_items(dataset):
-    """An item for each set of files: many questions of MUSIC-AVQA share one video."""
-    first = {}  # files -> the first item that needs them
+    """An item for each video: many questions of MUSIC-AVQA share one."""
+    first = {}  # video -> its first item
     for i in range(len(dataset)):
-        first.setdefault(tuple(dataset.files(i)), i)
+        first.setdefault(dataset.video(i), i)
     return list(first.values())
 
 

@@ -952,7 +952,7 @@ def test_the_mask_of_the_toy_of_avs_is_that_of_the_colour_that_sounds(toys):
     """
     items = data.AVSBenchDataset(f"{toys}/avs", "test", SIZE, STATS)
     for i, (_, category) in enumerate(items.clips):
-        inside = data.read_image(items.files(i)[0])[:, items[i][2][0] > 0]  # (3,n)
+        inside = data.read_image(items.files(i)[0][0])[:, items[i][2][0] > 0]  # (3,n)
         colour = data.COLOURS[data.INSTRUMENTS[category].colour]
         assert np.allclose(inside.float().mean(1), colour, atol=15)
 
@@ -973,6 +973,16 @@ def test_the_answers_of_the_toy_of_avqa(seen, heard, asked, answers):
 
 
 # ---------------------------------------------------------------- sound
+
+
+def test_a_folder_without_frames_is_named():
+    """The folder itself, and not a first frame that nobody ever wrote."""
+    os.makedirs("video_frames/empty")
+    refuses(
+        "no frames 0001.jpg, 0002.jpg ... in video_frames/empty",
+        data.frame_paths,
+        "video_frames/empty",
+    )
 
 
 @parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1), (48000, 6)])
@@ -1845,7 +1855,7 @@ def test_a_film_of_two_clips_gives_the_models_answers_back(toys, capsys, monkeyp
     model.head[1].bias.data -= model(*inputs).mean((0, 1)).detach()
     wanted = model(*inputs).argmax(-1).flatten()
 
-    clips = [(frames, wav) for *frames, wav in (items.files(0), items.files(1))]
+    clips = [items.files(0), items.files(1)]
     film("-a film.mp4", *clips)
     main("predict run './-a film.mp4' --out=new")
     found = re.findall(r"from \d+ s: (\w+)", capsys.readouterr().out)

@@ -1034,7 +1034,7 @@ def read_video(settings, facts, video):
 
     The same functions read it that read the data sets. T is its seconds, or AVQA's moments."""
     with tempfile.TemporaryDirectory() as folder:
-        *paths, wav = data.video_files(folder, data.extract_video(video, folder))
+        paths, wav = data.video_files(folder, data.extract_video(video, folder))
         count = settings.moments if settings.task == "avqa" else len(paths)
         chosen = data.evenly(len(paths), count)
         frames = data.read_frames([paths[second] for second in chosen], settings.image_size)
