@@ -164,7 +164,8 @@ def read_lines(path):
         f"no {path}; is it another folder, or a run that is not done? See the README",
     )
     try:
-        with open(path, encoding="utf-8") as file:
+        # utf-8-sig: editors on Windows put a byte-order mark in front, which is no part of line 1.
+        with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save it again as UTF-8") from None

@@ -1261,6 +1261,19 @@ def test_lists_of_a_wrong_form_are_refused(roots, file, old, new, fault):
     refuses(fault, data.DATASETS[task], task, "test", SIZE)
 
 
+@parametrize("task", ["ave", "avs", "avqa", "ucf101"])
+def test_a_byte_order_mark_is_not_part_of_a_list(roots, task):
+    """With it, "\ufeffCategory" was an event more, and the head had another width."""
+    clean = dataset(task)
+    lists = [*Path(task).glob("*.txt"), *Path(task).glob("*.csv"), *Path(task).glob("*.json")]
+    for path in lists:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = dataset(task)
+    assert len(marked) == len(clean)
+    assert_same([*marked[0]], [*clean[0]])
+    assert getattr(marked, "classes", None) == getattr(clean, "classes", None)
+
+
 def cut(path):
     """The end of a file is lost, as by a full disk."""
     path.write_bytes(path.read_bytes()[:-200])
@@ -1880,7 +1893,7 @@ def test_predict_reads_a_video_as_the_data_set_does(roots, monkeypatch):
     monkeypatch.setattr(data, "extract_video", extract_video)
     wanted = dataset("avqa")
     facts = {"stats": STATS, "vocabulary": wanted.vocabulary}
-    asked = "How many sounding piano in the video？"
+    asked = "How many  sounding piano in the video ？"  # spaces are typed as they come
     settings = train.Settings("avqa", image_size=SIZE, question=asked)
     clip = train.read_video(settings, facts, "sa2")
     assert_same(clip, [*wanted[1][:3]])

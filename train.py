@@ -1041,7 +1041,7 @@ def read_video(settings, facts, video):
         seconds = data.seconds_of(data.read_wav(wav), len(paths))[chosen]  # (T,16000)
     clip = [frames, data.spectrograms_of(seconds, settings.image_size, facts["stats"])]
     if settings.task == "avqa":
-        words = settings.question.strip().rstrip("?\uff1f").split(" ")
+        words = settings.question.strip().rstrip("?\uff1f").split()
         clip.append(data.encode(words, facts["vocabulary"]))
     return clip
 
