@@ -188,10 +188,8 @@ def missing_files(dataset):
     missing = []
     for i in distinct_items(dataset):
         *images, wav = dataset.files(i)  # frames, with AVSBench masks, and the sound
-        needed = list(itertools.chain(*images))
-        if not dataset.may_be_silent:
-            needed.append(wav)
-        missing += [path for path in needed if not exists(path)]
+        needed = [*itertools.chain(*images), wav]
+        missing += [path for path in needed if path is not None and not exists(path)]
     return missing
 
 
@@ -249,8 +247,6 @@ class AVEDataset(Dataset):
     (28 in the real data). One real row has start = end = 0: all of it is background.
     extra_audio is an .npy of shape (rows of Annotations.txt, 10, 128).
     """
-
-    may_be_silent = False
 
     def __init__(self, root, split, size, stats=None, extra_audio=""):
         self.root = root
@@ -346,8 +342,6 @@ class AVSBenchDataset(Dataset):
     M is mask_size, the size of the mask files (224). A mask may be empty.
     """
 
-    may_be_silent = False
-
     def __init__(self, root, split, size, stats=None):
         self.root = root
         self.split = split
@@ -430,8 +424,6 @@ class MusicAVQADataset(Dataset):
     is given (a checkpoint keeps it): "words" and "answers" in the order in which they appear,
     "<pad>" first (93 and 42 in the real data), and "length" W of the longest question (14).
     """
-
-    may_be_silent = False
 
     def __init__(self, root, split, size, stats=None, vocabulary=None, moments=10):
         self.root = root
@@ -612,8 +604,6 @@ class UCF101Dataset(Dataset):
     cut from one video, so groups must not be torn apart). The release has no code for UCF101.
     """
 
-    may_be_silent = True  # half of the classes have no sound
-
     def __init__(self, root, split, size, stats=None):
         self.root = root
         self.split = split
@@ -647,7 +637,9 @@ class UCF101Dataset(Dataset):
         return video
 
     def files(self, i):
-        return video_files(self.root, self.video(i))
+        """The frames of the clip and its sound, None if it has none."""
+        paths, wav = video_files(self.root, self.video(i))
+        return paths, wav if exists(wav) else None
 
     def seconds(self, i):
         """Eight windows of a second, each centred between two of the 16 frames."""

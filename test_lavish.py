@@ -168,8 +168,8 @@ def released_adapter(self, x, other):
     return self.gate * self.norm_out(z.transpose(1, 2))
 
 
-def released_block(backbone, block, lav_v, lav_a, x_v, x_a):
-    """lavish_block of a Swin-V2, with both streams as one batch and a branch after the other.
+def block_as_one_batch(backbone, block, lav_v, lav_a, x_v, x_a):
+    """lavish_block of a Swin-V2, not in the authors' way but with both streams as one batch.
 
     Each adapter reads the other stream as it was before the branch that the adapter is beside.
     """
@@ -209,7 +209,7 @@ def test_the_authors_way_of_computing_gives_the_same_outputs_and_gradients(task,
     model, inputs = tiny_model(task)
     ours = model(*inputs)
     our_gradients = gradients(model, ours)
-    monkeypatch.setattr(lavish, "lavish_block", released_block)
+    monkeypatch.setattr(lavish, "lavish_block", block_as_one_batch)
     monkeypatch.setattr(LavishAdapter, "forward", released_adapter)
     monkeypatch.setattr(lavish.TPAVI, "forward", released_tpavi)
     theirs = model(*inputs)
@@ -975,16 +975,6 @@ def test_the_answers_of_the_toy_of_avqa(seen, heard, asked, answers):
 # ---------------------------------------------------------------- sound
 
 
-def test_a_folder_without_frames_is_named():
-    """The folder itself, and not a first frame that nobody ever wrote."""
-    os.makedirs("video_frames/empty")
-    refuses(
-        "no frames 0001.jpg, 0002.jpg ... in video_frames/empty",
-        data.frame_paths,
-        "video_frames/empty",
-    )
-
-
 @parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1), (48000, 6)])
 def test_any_channel_of_a_wav_of_any_rate_is_heard(rate, channels):
     """A tone in the last channel alone comes out, averaged over channels and without its mean.
@@ -1040,6 +1030,16 @@ def test_a_cut_wav_is_read_as_far_as_it_goes():
 
 
 # ---------------------------------------------------------------- frames
+
+
+def test_a_folder_without_frames_is_named():
+    """The folder itself, and not a first frame that nobody ever wrote."""
+    os.makedirs("video_frames/empty")
+    refuses(
+        "no frames 0001.jpg, 0002.jpg ... in video_frames/empty",
+        data.frame_paths,
+        "video_frames/empty",
+    )
 
 
 def test_frames_are_resized_bicubically_with_antialiasing():
