@@ -341,22 +341,20 @@ class AVS(nn.Module):
     with first_only=True, which is all that the loss of S4 looks at (avs_s4/loss.py:17-24).
     tpavi: AVSBench's own audio-visual block too. The paper's parameter count has none, nor has the
     command of the released README (avs_s4/base_options.py:36); avs_s4/train.sh:21 has it.
-    Widths, dilations and the start of the convolutions are those of AVSBench's PVT decoder.
-    Raises InputError for a backbone of one stage."""
+    Widths, dilations and the start of the convolutions are those of AVSBench's PVT decoder. The
+    backbone must have several stages."""
 
     def __init__(
         self,
         net,
         mask_size=224,  # pixels a side
-        channels=256,  # of all maps in the decoder
+        channels=256,  # of all maps in the decoder; a multiple of 8
         tpavi=False,
     ):
         super().__init__()
         self.net = net
         self.mask_size = mask_size
         dims = net.backbone.dims
-        require(len(dims) > 1, "segmentation needs the maps of several stages: a Swin-V2")
-        require(channels % 8 == 0, "--channels must be a multiple of 8, by which they are divided")
         # 64, 128, 320, 512
         widths = [channels // 4, channels // 2, channels * 5 // 4, channels * 2]
         self.project = nn.ModuleList(nn.Linear(dim, width) for dim, width in zip(dims, widths))
@@ -494,11 +492,10 @@ class AVQA(nn.Module):
         net,
         words=93,  # of the vocabulary, with the padding
         answers=42,
-        hidden=512,  # D
+        hidden=512,  # D; a multiple of 4, the heads of the attention
     ):
         super().__init__()
         self.net = net
-        require(hidden % 4 == 0, "--hidden must be a multiple of 4, the attention heads")
         dim = net.backbone.dims[-1]
         self.embedding = nn.Embedding(words, hidden)
         self.lstm = nn.LSTM(hidden, hidden, batch_first=True)

@@ -1467,10 +1467,11 @@ def test_without_ffmpeg_one_line_says_to_install_it(monkeypatch):
 
 def settings_of(monkeypatch, line):
     """What train.py would run with."""
-    given = []
-    monkeypatch.setitem(train.TRAIN, line.split()[0], given.append)
+    loop = Mock()
+    monkeypatch.setitem(train.LOOPS, line.split()[0], loop)
     main(line)
-    return given[0]
+    settings, _ = loop.call_args.args
+    return settings
 
 
 @parametrize(
@@ -1488,6 +1489,7 @@ def test_real_data_gets_the_supplementarys_numbers(roots, monkeypatch, task, wan
     The table says what the paper says; whoever changes a recipe has to change it here too.
     """
     monkeypatch.setattr(train, "make_weights", str)
+    monkeypatch.setattr(train, "load_weights", Mock())
     s = settings_of(monkeypatch, f"{task} --data={task}")
     adapters = f"adapters {s.latents}/{s.reduction}/{s.groups}"
     numbers = f"batch {s.batch_size}, lr {s.lr} {s.head_lr}, epochs {s.epochs}/{s.patience}"
@@ -1554,7 +1556,7 @@ def test_an_option_changes_the_net(toys, monkeypatch, task, option):
     sums = []
     for more in ("", option):
         settings = settings_of(monkeypatch, f"{task} --data={toys}/{task} {more}")
-        parameters = train.build(settings, FACTS.copy()).parameters()
+        parameters = train.add_head(settings, FACTS, train.make_net(settings)).parameters()
         sums.append(sum(p.sum().item() for p in parameters if p.requires_grad))
     assert sums[0] != sums[1]
 
@@ -1565,7 +1567,7 @@ def test_avqa_has_the_published_rates(toys, monkeypatch):
     """
     assert train.PAPER["avqa"].grounding_lr == 3e-6
     settings = settings_of(monkeypatch, f"avqa --data={toys}/avqa")
-    model = train.build(settings, FACTS.copy())
+    model = train.add_head(settings, FACTS, train.make_net(settings))
     rates = {}
     for group in train.make_optimizer(settings, model).param_groups:
         for parameter in group["params"]:
@@ -1756,7 +1758,7 @@ def recite(task, facts, batches, *answers):
 
     So scores can be worked out by hand, without a net that would have to be trained.
     """
-    return train.EVALUATE[task](train.Settings(task), facts, Recited(*answers), batches)
+    return train.SCORERS[task](train.Settings(task), facts, Recited(*answers), batches)
 
 
 def test_scores_of_masks_by_hand():

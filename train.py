@@ -33,7 +33,6 @@ import argparse
 import inspect
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -59,52 +58,52 @@ from lavish import InputError, require
 
 # ---------------------------------------------------------------- settings and recipes
 # One dataclass holds all settings. A recipe is an instance of it: the paper's for real data, the
-# toy's for toys. The command line replaces single fields; --help prints the comments behind them,
-# each of which stands in the line of its field.
+# toy's for toys. The command line replaces single fields. --help prints the class as it stands.
 
 
 @dataclass
 class Settings:
-    """All that a run is told. Each field but the first is an option of the command line."""
+    """Each field but the first is an option of the command line."""
 
     task: str  # ave, avs, avqa or ucf101
 
-    # Paths and machine. On the same data only seed, device and precision change a result.
-    data: str = ""  # folder of the data set; the toy's is made if it is not there
-    out: str = ""  # folder of the run, runs/ and the data's name unless given; of pictures
-    seed: int = 0  # start of adapters, head and random weights; order, dropout, negatives
-    workers: int = 4  # processes that read clips
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU if there is one
+    # Paths and machine. On the same data only seed, device and precision
+    # change a result.
+    data: str = ""  # folder of the data set; a toy's is made if missing
+    out: str = ""  # folder of the run (runs/NAME_OF_THE_DATA), of pictures
+    seed: int = 0  # of adapters, head, random weights, order, negatives
+    workers: int = 4  # processes that read clips, at most one a core
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
     precision: str = "fp32"  # fp32 or bf16, by autocast
-    resume: bool = False  # go on with a run that was stopped, by its own settings
+    resume: bool = False  # go on with a stopped run, by its own settings
 
     # The net. The defaults are what the supplementary gives for AVS and AVQA.
     backbone: str = "large"  # a name of lavish.BACKBONES
-    weights: str = "imagenet"  # imagenet, toy (nano's), none (random), or a file
-    image_size: int = 0  # pixels a side; 0: what the backbone was published for
-    modality: str = "av"  # both streams, or one alone: v or a (which finds no masks)
-    latents: int = 16  # latent tokens m of an adapter; 0: late fusion by the head alone
-    reduction: int = 4  # r: width of a stage over that of its bottleneck
+    weights: str = "imagenet"  # imagenet, toy (nano's), none, or a file
+    image_size: int = 0  # pixels a side; 0: what the weights are for
+    modality: str = "av"  # both streams, or one alone: v or a
+    latents: int = 16  # tokens m of an adapter; 0: late fusion
+    reduction: int = 4  # r: a stage's width over its bottleneck's
     groups: int = 2  # channel groups of the bottleneck's convolutions
     one_direction: bool = False  # vision reads sound, sound reads nothing
-    checkpoint_activations: bool = False  # less memory, more time; with both streams
+    checkpoint_activations: bool = False  # less memory, more time
 
     # The training. The rates are Adam's.
-    epochs: int = 30  # epochs at most
-    patience: int = 0  # stop after so many epochs without a better val score; 0: never
+    epochs: int = 30  # at most
+    patience: int = 0  # epochs to wait for a better val score; 0: for ever
     batch_size: int = 1  # clips of a step, in each process
     lr: float = 1e-4  # learning rate of the adapters
     head_lr: float = 1e-4  # learning rate of the head
     linear_decay: bool = False  # all rates fall linearly to zero
 
     # What one task alone has; the others ignore it.
-    extra_audio: str = ""  # ave: an .npy of features beside the sound's
+    extra_audio: str = ""  # ave: .npy of features beside the sound's
     tpavi: bool = False  # avs: AVSBench's own audio-visual block too
-    first_second: bool = False  # avs: train on the first second of a clip, a fifth of the work
+    first_second: bool = False  # avs: train on a clip's first second alone
     channels: int = 256  # avs: width of the decoder, a multiple of 8
     moments: int = 10  # avqa: seconds of a video that are looked at
     hidden: int = 512  # avqa: width of the head, a multiple of 4
-    grounding_lr: float = 3e-6  # avqa: learning rate of grounding, match and answer
+    grounding_lr: float = 3e-6  # avqa: of grounding, match and answer
 
     # What one command alone has.
     split: str = "test"  # eval: what to score: train, val or test
@@ -112,13 +111,7 @@ class Settings:
     repeat: int = 3  # bench: measured steps
 
 
-# {setting: the comment behind it}
-MEANING = dict(re.findall(r"    (\w+): .*  # (.*)", inspect.getsource(Settings)))
-CHOICES = {
-    "device": ("cpu", "cuda"),
-    "precision": ("fp32", "bf16"),
-    "modality": ("av", "v", "a"),
-}
+CHOICES = {"precision": ("fp32", "bf16"), "modality": ("av", "v", "a")}
 
 # The supplementary's settings, on Swin-V2-L at 192 px, where they are not the defaults. It states
 # no epochs; these are the release's, and so is the patience of AVE and AVQA.
@@ -193,17 +186,21 @@ TOY = {
 # The four loops are alike on purpose: read this one, then look for what the others do differently.
 
 
-def train_ave(settings):
-    """Audio-visual event localisation, from settings to test score.
+def train_ave(settings, net):
+    """Audio-visual event localisation, from settings to test score. net: see make_net.
 
     Clips of ten seconds; each second is one of the events or background, and counts alike."""
     dataset = open_split(settings, "train")
-    facts = {"classes": dataset.classes, "stats": dataset.stats}
+    facts = {
+        "classes": dataset.classes,
+        "stats": dataset.stats,
+        "backbone": checksum(net.backbone),
+    }
     clips = load_in_new_orders(settings, dataset)
     val = load_in_order(settings, open_split(settings, "val", facts))
     test = load_in_order(settings, open_split(settings, "test", facts))
 
-    model = build(settings, facts)
+    model = add_head(settings, facts, net)
     optimizer = make_optimizer(settings, model)
     log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
     # What to call in training: the model, on several processes DistributedDataParallel around it.
@@ -266,17 +263,21 @@ def evaluate_ave(settings, facts, model, loader):
 # The difference from AVE: the loss sees one frame of five, and the scores are of masks.
 
 
-def train_avs(settings):
+def train_avs(settings, net):
     """Audio-visual segmentation, from settings to test score.
 
     Clips of five seconds with a frame each. In training only the first frame has a mask."""
     dataset = open_split(settings, "train")
-    facts = {"mask_size": dataset.mask_size, "stats": dataset.stats}
+    facts = {
+        "mask_size": dataset.mask_size,
+        "stats": dataset.stats,
+        "backbone": checksum(net.backbone),
+    }
     clips = load_in_new_orders(settings, dataset)
     val = load_in_order(settings, open_split(settings, "val", facts))
     test = load_in_order(settings, open_split(settings, "test", facts))
 
-    model = build(settings, facts)
+    model = add_head(settings, facts, net)
     optimizer = make_optimizer(settings, model)
     log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
     parallel = in_parallel(model)
@@ -363,7 +364,7 @@ def f_score(logits, masks, beta2=0.3):
 # The difference from AVE: a second loss on negatives, and a table by type of question.
 
 
-def train_avqa(settings):
+def train_avqa(settings, net):
     """Audio-visual question answering, from settings to test score.
 
     The net also learns, with half the weight, whether a frame goes with the sound: its own frames
@@ -373,12 +374,13 @@ def train_avqa(settings):
         "guesses": commonest_answers(dataset.questions),
         "vocabulary": dataset.vocabulary,
         "stats": dataset.stats,
+        "backbone": checksum(net.backbone),
     }
     clips = load_in_new_orders(settings, dataset)
     val = load_in_order(settings, open_split(settings, "val", facts))
     test = load_in_order(settings, open_split(settings, "test", facts))
 
-    model = build(settings, facts)
+    model = add_head(settings, facts, net)
     optimizer = make_optimizer(settings, model)
     log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
     parallel = in_parallel(model)
@@ -455,16 +457,20 @@ def commonest_answers(questions):
 # The difference from AVE: one label for a clip, and clips without sound.
 
 
-def train_ucf101(settings):
+def train_ucf101(settings, net):
     """Action recognition, from settings to test score. 16 frames and 8 seconds of sound a clip,
     which may be silent."""
     dataset = open_split(settings, "train")
-    facts = {"classes": dataset.classes, "stats": dataset.stats}
+    facts = {
+        "classes": dataset.classes,
+        "stats": dataset.stats,
+        "backbone": checksum(net.backbone),
+    }
     clips = load_in_new_orders(settings, dataset)
     val = load_in_order(settings, open_split(settings, "val", facts))
     test = load_in_order(settings, open_split(settings, "test", facts))
 
-    model = build(settings, facts)
+    model = add_head(settings, facts, net)
     optimizer = make_optimizer(settings, model)
     log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
     parallel = in_parallel(model)
@@ -535,8 +541,8 @@ def logits_of(settings, model, inputs):
 
 
 # By the name on the command line.
-TRAIN = {"ave": train_ave, "avs": train_avs, "avqa": train_avqa, "ucf101": train_ucf101}
-EVALUATE = {
+LOOPS = {"ave": train_ave, "avs": train_avs, "avqa": train_avqa, "ucf101": train_ucf101}
+SCORERS = {
     "ave": evaluate_ave,
     "avs": evaluate_avs,
     "avqa": evaluate_avqa,
@@ -608,51 +614,51 @@ def batches(loader, epoch):
     return progress(loader, "train")
 
 
-def build(settings, facts):
-    """The model of a task, on its device. Adapters and head start from the seed.
+def make_net(settings):
+    """The frozen backbone with its adapters, which start from the seed.
 
-    Raises InputError if the frozen weights are not those that `facts` remember."""
+    It is built before data are made or read, so that an option which does not fit ends here.
+    Sets settings.image_size, where that was left to the backbone. Raises InputError."""
     torch.manual_seed(settings.seed)
     backbone = lavish.make_backbone(settings.backbone, settings.image_size)
+    settings.image_size = backbone.image_size
+    is_clip = isinstance(backbone, lavish.VideoMAE)
+    require(not is_clip or settings.task == "ucf101", "VideoMAE reads 16 frames: it is for ucf101")
+    has_maps = len(backbone.dims) > 1
+    require(has_maps or settings.task != "avs", "segmentation needs maps of several stages")
+    adapter = (settings.latents, settings.reduction, settings.groups)
+    try:
+        if settings.modality == "av":
+            recompute = settings.checkpoint_activations
+            net = lavish.Lavish(backbone, *adapter, settings.one_direction, recompute)
+        else:
+            net = lavish.OneStream(backbone, settings.modality, *adapter[1:])
+    except ValueError as error:
+        raise InputError(f"{settings.backbone} with these options: {error}") from None
+    return net
+
+
+def load_weights(settings, net):
+    """Give the backbone its pretrained weights, if it has any."""
     path = weights_path(settings)
     if path is not None:
-        lavish.load_pretrained(backbone, data.load_tensors(path))
-    # A checkpoint holds adapters alone, which are worth nothing beside other frozen weights.
-    found = checksum(backbone)
-    known = facts.setdefault("backbone", found)
-    require(
-        known == found,
-        f"{settings.out} was trained on other weights of {settings.backbone}; name them: --weights",
-    )
-    return add_adapters(settings, facts, backbone).to(settings.device)
+        lavish.load_pretrained(net.backbone, data.load_tensors(path))
 
 
-def add_adapters(settings, facts, backbone):
-    """A frozen backbone with its adapters and the head of the task.
-
-    Raises ValueError if reduction x groups does not divide the backbone's widths."""
-    if settings.modality == "av":
-        net = lavish.Lavish(
-            backbone,
-            settings.latents,
-            settings.reduction,
-            settings.groups,
-            settings.one_direction,
-            settings.checkpoint_activations,
-        )
-    else:
-        net = lavish.OneStream(backbone, settings.modality, settings.reduction, settings.groups)
+def add_head(settings, facts, net):
+    """The model of a task on its device: the net and a head, which starts from the seed too."""
     if settings.task == "ave":
         extra_width = 128 if settings.extra_audio else 0
-        return lavish.AVE(net, len(facts["classes"]) + 1, extra_width)
-    if settings.task == "avs":
-        return lavish.AVS(net, facts["mask_size"], settings.channels, settings.tpavi)
-    if settings.task == "avqa":
+        model = lavish.AVE(net, len(facts["classes"]) + 1, extra_width)
+    elif settings.task == "avs":
+        model = lavish.AVS(net, facts["mask_size"], settings.channels, settings.tpavi)
+    elif settings.task == "avqa":
         vocabulary = facts["vocabulary"]
-        return lavish.AVQA(
-            net, len(vocabulary["words"]), len(vocabulary["answers"]), settings.hidden
-        )
-    return lavish.UCF101(net, len(facts["classes"]))
+        words = len(vocabulary["words"])
+        model = lavish.AVQA(net, words, len(vocabulary["answers"]), settings.hidden)
+    else:
+        model = lavish.UCF101(net, len(facts["classes"]))
+    return model.to(settings.device)
 
 
 def checksum(module):
@@ -710,7 +716,9 @@ def make_weights(settings):
     if path is None or exists(path):
         return
     if settings.weights == "toy":
-        pretrain_nano(path)
+        with torch.random.fork_rng([]):  # the head, which is made later, starts from --seed
+            torch.manual_seed(0)
+            pretrain_nano(path)
     elif settings.weights == "imagenet":
         *_, url = lavish.BACKBONES[settings.backbone]
         os.makedirs(dirname(path), exist_ok=True)
@@ -724,7 +732,6 @@ def pretrain_nano(path, steps=300):
     """The nano Swin-V2 learns from toy IMAGES, without any sound: they are its ImageNet. Done once.
 
     It is the paper's point that a transformer which never heard anything can learn to listen."""
-    torch.manual_seed(0)
     backbone = lavish.make_backbone("nano")
     images, classes = data.toy_images(3000, np.random.default_rng(0))
     images = normalize(images / 255, data.IMAGENET_MEAN, data.IMAGENET_STD)
@@ -969,9 +976,17 @@ def open_run(folder, given):
     device is this machine's, unless given: the run may have been trained on another one."""
     saved = load_run(folder, "adapters.pt")
     settings = settings_of(saved["settings"], {"device": Settings.device, **given, "out": folder})
-    model = build(settings, saved["facts"])
+    facts = saved["facts"]
+    net = make_net(settings)
+    load_weights(settings, net)
+    # A checkpoint holds adapters alone, which are worth nothing beside other frozen weights.
+    require(
+        checksum(net.backbone) == facts["backbone"],
+        f"{folder} was trained on other weights of {settings.backbone}; name them: --weights",
+    )
+    model = add_head(settings, facts, net)
     lavish.load_trained_state_dict(model, saved["trained"])
-    return settings, saved["facts"], model.eval()
+    return settings, facts, model.eval()
 
 
 def evaluate(folder, given):
@@ -979,7 +994,7 @@ def evaluate(folder, given):
     which must have the same classes, vocabulary and mask size."""
     settings, facts, model = open_run(folder, given)
     loader = load_in_order(settings, open_split(settings, settings.split, facts))
-    print_scores(EVALUATE[settings.task](settings, facts, model, loader))
+    print_scores(SCORERS[settings.task](settings, facts, model, loader))
 
 
 # Seconds of a clip; AVQA's has --moments instead.
@@ -1119,7 +1134,9 @@ def bench(settings):
 
     A training step is the forward pass, the backward pass and Adam; the loss is any number that
     depends on all outputs. An evaluation is the forward pass alone, without gradients."""
-    model = build(settings, dict(REAL_SIZES))
+    net = make_net(settings)
+    load_weights(settings, net)
+    model = add_head(settings, REAL_SIZES, net)
     optimizer = make_optimizer(settings, model)
     clips = random_clips(settings)
     more = []  # that training has: AVS decodes the first frame alone, AVQA reads negatives
@@ -1202,18 +1219,21 @@ def parse(arguments):
 
     Every field of Settings is an option of every command."""
     parser = argparse.ArgumentParser(
+        usage="python train.py COMMAND [PATH ...] [--OPTION VALUE ...]",
         description=__doc__,
+        epilog="Options, with _ or with -:\n\n" + inspect.getsource(Settings),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("command", choices=[*TRAIN, "eval", "predict", "report", "bench"])
+    parser.add_argument("command", choices=[*LOOPS, "eval", "predict", "report", "bench"])
     parser.add_argument("paths", nargs="*", help="runs and videos; eval and bench take one")
     for setting in fields(Settings)[1:]:
-        name = setting.name
-        kind = {"type": setting.type, "choices": CHOICES.get(name)}
+        name = f"--{setting.name.replace('_', '-')}"
         if setting.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=MEANING[name], **kind)
+        else:
+            kind = {"type": setting.type, "choices": CHOICES.get(setting.name)}
+        parser.add_argument(name, help=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_intermixed_args(arguments))  # only what was typed, by SUPPRESS
     return given.pop("command"), given.pop("paths", []), given
 
@@ -1221,9 +1241,13 @@ def parse(arguments):
 def settings_of(recipe, given):
     """A recipe, with what the command line gives in its place.
 
-    Raises InputError for what cannot work, before any data are made or read."""
+    Raises InputError for a number or a device that no task can work with."""
     settings = replace(recipe, **given)
-    require(settings.device in ("cpu", Settings.device), "--device cuda: torch sees no GPU here")
+    try:
+        torch.zeros(1, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"--device {settings.device} is not there: {reason}") from None
     for name in (
         "batch_size",
         "reduction",
@@ -1237,22 +1261,13 @@ def settings_of(recipe, given):
         require(getattr(settings, name) > 0, f"--{name.replace('_', '-')} must be at least 1")
     for name in ("workers", "latents", "seed", "patience"):
         require(getattr(settings, name) >= 0, f"--{name.replace('_', '-')} must be at least 0")
-    require(
-        settings.task == "ucf101" or "videomae" not in settings.backbone,
-        "VideoMAE reads clips of 16 frames: it is for ucf101",
-    )
-    try:
-        with torch.device("meta"):  # build it without memory, to see whether all sizes fit
-            backbone = lavish.make_backbone(settings.backbone, settings.image_size)
-            add_adapters(settings, REAL_SIZES, backbone)
-    except ValueError as error:
-        raise InputError(f"{settings.backbone} with these options: {error}") from None
-    settings.image_size = backbone.image_size
-    weights_path(settings)  # says what is wrong with --weights
+    for name, unit in (("channels", 8), ("hidden", 4)):
+        fits = getattr(settings, name) % unit == 0
+        require(fits, f"--{name} must be a multiple of {unit}")
     return settings
 
 
-def train(task, given):
+def train_task(task, given):
     """Train a task from data to test score, in a folder of its own.
 
     A folder that is there already is refused, unless with --resume, which takes up the settings of
@@ -1270,6 +1285,8 @@ def train(task, given):
     settings = settings_of(recipe, given)
     to_make = settings.data == toy  # if it is not there
     require(to_make or exists(settings.data), f"--data: there is no {settings.data}")
+    net = make_net(settings)  # before data are made or read: it refuses options that do not fit
+    weights_path(settings)  # and this a wrong --weights
     join_processes(settings.device)
     if rank() == 0:
         if to_make and not exists(toy):
@@ -1277,8 +1294,9 @@ def train(task, given):
         make_weights(settings)
         os.makedirs(out, exist_ok=settings.resume)
     wait_for_all()
+    load_weights(settings, net)
     try:
-        TRAIN[task](settings)
+        LOOPS[task](settings, net)
     finally:
         with suppress(OSError):  # which says that it is not empty: an epoch was done
             os.rmdir(out)
@@ -1292,9 +1310,9 @@ def main(arguments=None):
     after Ctrl-C."""
     command, paths, given = parse(arguments)
     try:
-        if command in TRAIN:
+        if command in LOOPS:
             require(not paths, f"{command} takes no {paths}; options begin with --")
-            train(command, given)
+            train_task(command, given)
         elif os.environ.get("RANK", "0") == "0":  # under torchrun these run once
             require(paths, f"{command} of what? See: python train.py --help")
             first, *others = paths
@@ -1305,7 +1323,7 @@ def main(arguments=None):
             elif command == "report":
                 report(paths)
             else:
-                require(first in TRAIN, f"bench takes a task: {', '.join(TRAIN)}")
+                require(first in LOOPS, f"bench takes a task: {', '.join(LOOPS)}")
                 recipe = replace(PAPER[first], weights="none", batch_size=1)
                 bench(settings_of(recipe, given))
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that is read-only
