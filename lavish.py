@@ -574,7 +574,7 @@ class TemporalGrounding(nn.Module):
 #     msa(block, x), mlp(block, x): what attention and MLP of a block add to x
 #     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
 #     class_token: only if token 0 stands for the whole image (see pooled)
-#     names(state dict): (pattern, replacement) that turn other publishers' names into ours
+#     renamings(state dict): (pattern, replacement) that turn other publishers' names into ours
 
 
 def frozen_forward(backbone, images):
@@ -643,9 +643,9 @@ class SwinV2(nn.Module):
     def mlp(self, block, x):
         return block.norm2(block.mlp(x))
 
-    def names(self, state):
+    def renamings(self, weights):
         # Microsoft's and timm's, which from 0.9 on has the merging at the start of the next stage.
-        merge = 2 if "layers.0.downsample.norm.weight" in state else 0
+        merge = 2 if "layers.0.downsample.norm.weight" in weights else 0
         names = [
             ("patch_embed.proj", "features.0.0"),
             ("patch_embed.norm", "features.0.2"),
@@ -839,7 +839,7 @@ class ViT(torchvision.models.VisionTransformer):
     def mlp(self, block, x):
         return block.mlp(block.ln_2(x))
 
-    def names(self, state):
+    def renamings(self, weights):
         return VIT_NAMES
 
 
@@ -870,10 +870,11 @@ class VideoMAE(ViT):
         tubelet = (2, 16, 16)
         self.conv_proj = nn.Conv3d(3, dim, tubelet, tubelet)
         tokens = 8 * (image_size // 16) ** 2
-        wavelengths = 10000 ** (torch.arange(0, dim, 2) / dim)  # (d/2,)
+        # In double precision, as the authors make them: a float32 angle of 1568 is 1e-4 off.
+        wavelengths = 10000 ** (torch.arange(0, dim, 2, dtype=torch.double) / dim)  # (d/2,)
         angles = torch.arange(tokens)[:, None] / wavelengths  # (N,d/2)
         positions = torch.stack([angles.sin(), angles.cos()], -1)  # (N,d/2,2)
-        self.register_buffer("positions", positions.flatten(1), persistent=False)
+        self.register_buffer("positions", positions.flatten(1).float(), persistent=False)
 
     def embed(self, images):
         clips = images.unflatten(0, (-1, 16)).transpose(1, 2)  # (B,3,16,S,S)
@@ -934,13 +935,16 @@ MLP_NAMES = [
 
 def load_pretrained(backbone, weights):
     """Load weights under their publisher's names. Raises InputError for what does not fit."""
-    for key in ("model", "module", "state_dict"):
+    for key in ("model", "module", "state_dict", "model_state_dict", "state_dict_ema", "teacher"):
         if isinstance(weights, dict) and key in weights:
             weights = weights[key]
     named = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
     require(named, "the file of weights holds no tensors by name; give a state dict")
+    # What training, compilation and larger models put before a name.
+    weights = {re.sub(r"^((module|_orig_mod|backbone)\.)+", "", n): t for n, t in weights.items()}
+    check_window(backbone, weights)
     tables = {name: t for name, t in backbone.state_dict().items() if re.search(UNUSED, name)}
-    names = [*backbone.names(weights), *MLP_NAMES]
+    names = [*backbone.renamings(weights), *MLP_NAMES]
     state = {}
     for name, tensor in weights.items():
         if re.search(UNUSED, name) or name.endswith("v_bias"):
@@ -953,6 +957,19 @@ def load_pretrained(backbone, weights):
             name = re.sub(pattern, ours, name)
         state[name] = tensor
     load_checked(backbone, tables | state, "the weights do not fit this backbone")
+
+
+def check_window(backbone, weights):
+    """Weights of a Swin-V2 with another window load, but give other tokens. Microsoft's and
+    torchvision's files hold the table of offsets, which tells; timm's hold nothing that could."""
+    tables = [t for name, t in weights.items() if name.endswith("relative_coords_table")]
+    if not tables or not isinstance(backbone, SwinV2):
+        return
+    first = tables[0]  # (1,2w-1,2w-1,2)
+    ours = backbone.features[1][0].attn.relative_coords_table
+    same = first.shape == ours.shape and (first - ours).abs().max() < 1e-3
+    window = (first.shape[1] + 1) // 2
+    require(same, f"the weights are of another window (of {window} tokens) than this backbone")
 
 
 # ---------------------------------------------------------------- freezing, saving, loading
@@ -1004,13 +1021,17 @@ def require(condition, message):
 
 
 def load_checked(model, state, what):
-    """load_state_dict. Raises InputError that names, in one line, what is missing, extra or
-    misshaped."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        faults = " ".join(str(error).split())
-        raise InputError(f"{what}: {faults[:400]}") from None
+    """load_state_dict. Raises InputError that names what is missing, what is extra, or a shape."""
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in state]
+    extra = [name for name in state if name not in wanted]
+    require(not missing, f"{what}: {len(missing)} missing, as {missing[:1]}; extra: {extra[:1]}")
+    require(not extra, f"{what}: {len(extra)} tensors are extra, as {extra[:1]}")
+    for name, tensor in wanted.items():
+        shape = tuple(state[name].shape)
+        same = shape == tensor.shape
+        require(same, f"{what}: {name} has shape {shape}, not {tuple(tensor.shape)}")
+    model.load_state_dict(state)
 
 
 # ---------------------------------------------------------------- one clip, and the parameters

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import wave
 from functools import partial
 from pathlib import Path
@@ -572,6 +573,8 @@ def test_videomae_embeds_tubelets_at_sine_positions():
     clip, _ = images(16)
     tubelets = clip.view(8, 2, 3, 2, 16, 2, 16).permute(0, 3, 5, 2, 1, 4, 6)
     tokens = videomae.conv_proj(tubelets.flatten(0, 2)).flatten(1)  # (32,32)
+    exact = torch.arange(32, dtype=torch.double).sin().float()
+    assert torch.equal(videomae.positions[:, 0].float(), exact)  # of angles in double precision
     for n, k in np.ndindex(32, 16):
         angle = n / 10000 ** (k / 16)
         tokens[n, 2 * k] += np.sin(angle)
@@ -668,9 +671,43 @@ def test_weights_that_do_not_fit_are_named_in_one_line():
     del state["norm.weight"]
     state["more"] = torch.zeros(1)
     state["norm.bias"] = torch.zeros(3)
-    faults = "^the weights do not fit.*Missing.*norm.weight.*Unexpected.*more.*norm.bias.*$"
-    with pytest.raises(InputError, match=faults):
+    with pytest.raises(InputError, match="do not fit.*1 missing.*norm.weight.*extra.*more"):
         lavish.load_pretrained(tiny_swin(), state)
+    state["norm.weight"] = torch.zeros(3)
+    with pytest.raises(InputError, match="1 tensors are extra.*more"):
+        lavish.load_pretrained(tiny_swin(), state)
+    del state["more"]
+    with pytest.raises(InputError, match=r"norm.weight has shape \(3,\), not"):
+        lavish.load_pretrained(tiny_swin(), state)
+
+
+@parametrize("wrapper", ["model_state_dict", "state_dict_ema", "teacher"])
+@parametrize("prefix", ["module.", "_orig_mod.", "backbone.", "module.backbone."])
+def test_weights_load_as_training_programs_wrap_them(wrapper, prefix):
+    """DistributedDataParallel, torch.compile and detectors put a word before each name."""
+    swin = tiny_swin()
+    state = {f"{prefix}{name}": tensor for name, tensor in swin.state_dict().items()}
+    loaded = tiny_swin(seed=1)
+    lavish.load_pretrained(loaded, {wrapper: state})
+    assert_same(loaded.state_dict(), swin.state_dict())
+
+
+def test_weights_of_another_window_are_refused():
+    """They would load, because no parameter has the window in its shape, and give other tokens.
+
+    A table of the same shape that was made for another window (12to16 in Microsoft's names) has
+    other values.
+    """
+    state = tiny_swin().state_dict()
+    names = [name for name in state if name.endswith("relative_coords_table")]
+    for wrong in (1.5 * state[names[0]], torch.zeros(1, 31, 31, 2)):
+        state[names[0]] = wrong
+        with pytest.raises(InputError, match="of another window"):
+            lavish.load_pretrained(tiny_swin(), state)
+    del state[names[0]], state[names[1]]
+    for name in names[2:]:  # nothing is left that could tell
+        del state[name]
+    lavish.load_pretrained(tiny_swin(), state)
 
 
 # ---------------------------------------------------------------- verbs to copy, the table
@@ -1833,6 +1870,19 @@ def test_nano_is_pretrained_where_it_is_missing(toys, monkeypatch):
     assert result("runs/ave")["settings"]["data"] == "toy/ave"
 
 
+def test_with_data_of_ones_own_nano_lies_in_toy(toys, monkeypatch, capsys):
+    """Not beside the user's folder, and a line says where."""
+    shutil.copytree(toys / "ave", "mine/ave")
+    os.remove("mine/ave/toy.json")
+    monkeypatch.setattr(train, "pretrain_nano", partial(train.pretrain_nano, steps=2))
+    line = "ave --data=mine/ave --backbone=nano --weights=toy --epochs=1 --workers=9"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of more workers than processors
+        main(line)
+    assert "kept in toy/nano.pt" in capsys.readouterr().out
+    assert os.listdir("mine") == ["ave"]
+
+
 @parametrize("task", data.DATASETS)
 def test_a_toy_is_learned_and_scored(toys, capsys, task):
     """The loss falls, eval gives the same scores again, within 80 columns.
@@ -2082,6 +2132,7 @@ def test_a_run_is_not_scored_on_data_of_other_classes(toys, capsys):
     [
         ({"seed": 1, "workers": 2, "device": "cuda"}, ["0.600", "0.141", "2"]),
         ({"lr": 0.5}, ["0.500", "nan", "1"]),
+        ({"code": 2}, ["0.500", "nan", "1"]),
     ],
 )
 def test_report_groups_runs_that_differ_in_seed_paths_and_device_alone(capsys, more, group):
@@ -2090,12 +2141,25 @@ def test_report_groups_runs_that_differ_in_seed_paths_and_device_alone(capsys, m
     Runs with other settings are no repetitions, and their spread is none of seeds.
     """
     for out, test, changed in (("a", 0.5, {}), ("b", 0.7, more)):
+        run = {"test": test, "seconds": 1, "gflop": 1, "code": changed.pop("code", 1)}
         settings = train.Settings("ave", data=f"{out}/AVE", out=out, **changed)
-        run = {"test": test, "settings": dataclasses.asdict(settings), "seconds": 1, "gflop": 1}
+        run["settings"] = dataclasses.asdict(settings)
         os.mkdir(out)
         Path(out, "result.json").write_text(json.dumps(run))
     main("report a b")
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == group
+
+
+def test_the_checksum_of_the_code_changes_with_any_of_its_files(tmp_path, monkeypatch):
+    """An exercise is a change of one line: its runs are no repetitions of those before it."""
+    before = train.checksum_of_code()
+    assert before == train.checksum_of_code()
+    for module in (lavish, data, train):
+        changed = tmp_path / "changed.py"
+        changed.write_bytes(Path(module.__file__).read_bytes() + b"#")
+        with monkeypatch.context() as change:
+            change.setattr(module, "__file__", str(changed))
+            assert train.checksum_of_code() != before
 
 
 @parametrize(

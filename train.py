@@ -8,25 +8,29 @@
     python train.py report runs/*                    mean and spread of runs
     python train.py bench ave --latents 2            cost, on random data
 
-The tasks are ave, avs, avqa, ucf101. `python train.py TASK --help` lists the settings; those not
-given come from the task's recipe: the toy's for toy data, the paper's for any other.
+The tasks are ave, avs, avqa, ucf101. --help lists the settings; those that are
+not given come from the task's recipe: the toy's for toy data, the paper's for
+any other.
 
 A run leaves in --out
     adapters.pt   what was trained, of the epoch that is best on val
-    result.json   scores, log of the epochs, settings; when it is there, the run is done
+    result.json   scores, log of the epochs, settings: the run is done
     test.png      the first test clip, what is found in it and what is true
     state.pt      for --resume, until the run is done
 
-Read the settings and train_ave first; the other three loops differ where their tasks do.
+Read the settings and train_ave first; the other three loops differ where their
+tasks do.
 
 Glossary
     settings    all that a run is told, an instance of Settings
     given       {setting: value} of the options on the command line
-    facts       what the model must know of its data: classes or vocabulary, mask size, statistics
-                of the spectrograms; the checksum of the frozen weights; AVQA's commonest answers
+    facts       what a model must know of its data: classes or vocabulary, mask
+                size, statistics of the spectrograms, AVQA's commonest answers;
+                and the checksum of its frozen weights
     log         {"loss", "val", "seconds"} of each epoch that is done
     scores      {what: number}, the score of the task first
-    B, T, S, M  clips in a batch, seconds of a clip, pixels of an image's and of a mask's side
+    B, T, S, M  clips in a batch, seconds of a clip, pixels of the side of an
+                image and of a mask
 """
 
 import argparse
@@ -403,9 +407,10 @@ def train_avqa(settings, net):
             if match is not None:
                 # Does this frame go with this sound? Here the first half does; loss and weight are
                 # the release's (AVQA/net_grd_avst/main_avst.py:86-88).
-                number = torch.arange(len(match), device=match.device)  # of a frame, (2BT,)
-                goes_with = number < len(match) // 2  # (2BT,)
-                loss = loss + 0.5 * F.cross_entropy(match, goes_with.long())
+                own, _ = match.chunk(2)  # (BT,2) each
+                fits = torch.ones(len(own), dtype=torch.long, device=match.device)  # (BT,)
+                truth = torch.cat([fits, 1 - fits])  # (2BT,)
+                loss = loss + 0.5 * F.cross_entropy(match, truth)
 
             optimizer.zero_grad()
             loss.backward()
@@ -601,10 +606,17 @@ def make_loader(settings, dataset, sampler):
         dataset,
         settings.batch_size,
         sampler=sampler,
-        num_workers=settings.workers,
+        num_workers=min(settings.workers, cores()),  # more of them only slow each other down
         # Of its own, so that the loader does not draw from the random numbers of dropout.
         generator=torch.Generator(),
     )
+
+
+def cores():
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux, where it may be fewer than there are
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def batches(loader, epoch):
@@ -692,13 +704,15 @@ def make_optimizer(settings, model):
 def weights_path(settings):
     """The file of the backbone's weights; None for random ones.
 
-    The toy's lie beside the toy data, for all tasks. Published ones are kept where torch.hub keeps
-    them. Raises InputError if there are none, or for another image size than theirs."""
+    The toy's lie beside the toy data, for all tasks; with other data in toy/. Published ones are
+    kept where torch.hub keeps them. Raises InputError if there are none, or for another image size
+    than theirs."""
     _, _, size, url = lavish.BACKBONES[settings.backbone]
     if settings.weights == "none":
         return None
     if settings.weights == "toy":
-        return normpath(f"{settings.data}/../nano.pt")
+        folder = f"{settings.data}/.." if data.is_toy(settings.data) else "toy"
+        return normpath(f"{folder}/nano.pt")
     if settings.weights == "imagenet":
         require(url, f"{settings.backbone} has no published weights; give a file: --weights FILE")
         require(settings.image_size == size, f"weights of {settings.backbone} are for {size} px")
@@ -749,7 +763,9 @@ def pretrain_nano(path, steps=300):
         optimizer.step()
         schedule.step()
     print(f"nano is pretrained on toy images: loss {loss.item():.2f}, by chance {np.log(16):.2f}")
+    os.makedirs(dirname(path), exist_ok=True)
     data.save_tensors(backbone.state_dict(), path)
+    print(f"kept in {path}")
 
 
 # ---------------------------------------------------------------- several processes
@@ -937,9 +953,20 @@ def finish(settings, facts, model, log, test, scores):
         "seconds": sum(epoch["seconds"] for epoch in log),
         "gflop": count_gflop(settings, model),
         "settings": asdict(settings),
+        "code": checksum_of_code(),
     }
     data.write_lines([json.dumps(result, indent=1)], f"{settings.out}/result.json")
     os.remove(f"{settings.out}/state.pt")  # nothing is left to resume
+
+
+def checksum_of_code():
+    """The CRC-32 of lavish.py, data.py and train.py, so that report averages runs of the same code
+    alone."""
+    value = 0
+    for module in (lavish, data, sys.modules[__name__]):
+        with open(module.__file__, "rb") as file:
+            value = zlib.crc32(file.read(), value)
+    return value
 
 
 def print_scores(scores):
@@ -1097,8 +1124,9 @@ def text_tile(text):
 
 
 def report(folders):
-    """Print mean and spread of runs that differ in seed, out, workers, device and the data's place
-    alone: a line for each group, with the number of runs, GFLOP of a clip and mean seconds."""
+    """Print mean and spread of runs of the same code that differ in seed, out, workers, device and
+    the data's place alone: a line for each group, with the number of runs, GFLOP of a clip and mean
+    seconds."""
     groups = defaultdict(list)  # {what must be equal: (test, seconds, gflop, folder) of each run}
     for folder in folders:
         path = f"{folder}/result.json"
@@ -1107,10 +1135,11 @@ def report(folders):
             settings = Settings(**result["settings"])
             settings.data = basename(normpath(settings.data))
             same = replace(settings, out="", seed=0, workers=0, device="", resume=False)
+            code = result.get("code")  # runs of before have none
             row = (result["test"], result["seconds"], result["gflop"], folder)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
-        groups[str(same)].append(row)
+        groups[f"{same} {code}"].append(row)
     print("  test  +- std  n   GFLOP  seconds  the first of them")
     for rows in groups.values():
         tests, seconds, gflop, folders = zip(*rows)
