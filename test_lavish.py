@@ -1931,6 +1931,96 @@ def test_a_film_of_two_clips_gives_the_models_answers_back(toys, capsys, monkeyp
     assert os.listdir("new")
 
 
+@needs_ffmpeg
+def test_predict_goes_on_after_a_video_that_is_none(toys, capsys):
+    """It reports it, and exits with 2 at the end. Two runs do not write the same picture."""
+    main(f"ave --data={toys}/ave --epochs=1 --out=run")
+    shutil.copytree("run", "other")
+    film("a.mp4", data.AVEDataset(f"{toys}/ave", "test", SIZE).files(0))
+    Path("bad.mp4").write_text("no film")
+    for run in ("run", "other"):
+        assert "1 of 3 videos" in one_line_error(
+            capsys, f"predict {run} a.mp4 bad.mp4 a.mp4 --out=new"
+        )
+    names = [f"{run}-{k}-a.mp4-0000.png" for run in ("other", "run") for k in (0, 2)]
+    assert sorted(os.listdir("new")) == names
+
+
+def drawn_rows(monkeypatch, line):
+    """What a command draws, {name of a row: tiles}, and the size of the picture."""
+    draw = Mock(wraps=train.draw)
+    monkeypatch.setattr(train, "draw", draw)
+    main(line)
+    rows, path = draw.call_args.args
+    return rows, data.read_image(path).shape
+
+
+@parametrize("task", ["ave", "avqa", "ucf101"])
+def test_look_draws_what_the_latents_of_two_adapters_read(toys, capsys, monkeypatch, task):
+    """As bright as the attention: by a loop over latents and seconds, on one adapter.
+
+    The table shuts every gate once and opens it again.
+    """
+    main(f"{task} --data={toys}/{task} --epochs=1 --batch-size=3 --lr=0.1 --out=run")
+    before = trained("run")
+    rows, (_, height, _) = drawn_rows(monkeypatch, "look run")
+    assert_same(trained("run"), before)
+    table = [line for line in capsys.readouterr().out.split("\n") if ", block " in line]
+    _, _, model = train.open_run("run", {})
+    named = train.adapters_with_latents(model.net)
+    assert [line[:38].strip() for line in table] == [*named]
+    assert [float(line.split()[-2]) for line in table] == [
+        pytest.approx(adapter.gate_av.item(), abs=1e-3) for adapter in named.values()
+    ]
+    latents = [name for name in rows if "latent" in name]
+    assert len(latents) == 4
+    assert {"found", "true"} < rows.keys()
+    for name in latents:
+        shown = rows["frame" if name.startswith("sound") else "sound (time right, pitch up)"]
+        # In each second the place that is read most is drawn as it is, all others darker.
+        assert (rows[name] <= shown + 1e-6).all()
+        assert ((rows[name] - shown).abs() < 1e-6).flatten(1).any(1).all()
+    assert height > 116 * (2 + len(latents))
+
+
+def test_an_attention_map_is_as_large_as_the_picture_it_is_of():
+    """A latent that looks at one corner leaves that corner bright: frames, and sounds turned so
+    that time runs right and pitch up.
+    """
+    net = lavish.Lavish(lavish.make_backbone("nano"))
+    model = lavish.AVE(net, 3).eval()
+    settings = train.Settings("ave", image_size=32, device="cpu")
+    clip = [torch.randn(2, 3, 32, 32), torch.randn(2, 32, 32)]
+    # Block 1 has 8 x 8 tokens. Number 7 is the last of the first row: early in time, highest pitch.
+    attention = torch.full((2, 2, 64), 0.01)
+    attention[:, :, 7] = 0.37
+    adapter = net.visual_adapters[0][0]
+    adapter.compress = Mock(return_value=(attention, torch.zeros(2, 2, 32)))
+    rows = train.rows_of_latents(settings, model, clip, "sight reads sound", adapter)
+    assert [*rows] == [f"sight reads sound: latent {k} (23.7 x even)" for k in (1, 2)]
+    sound = train.rows_of(settings, clip)["sound (time right, pitch up)"]
+    for tiles in rows.values():
+        assert_close(tiles[:, :, :4, :4], sound[:, :, :4, :4])
+        assert_close(tiles[:, :, 4:], sound[:, :, 4:] * 0.01 / 0.37)
+
+
+def test_look_at_masks_swaps_the_sounds(toys, monkeypatch):
+    """One frame beside other sounds; with sight's gates shut the masks are all the same."""
+    main(f"avs --data={toys}/avs --epochs=1 --batch-size=3 --lr=0.1 --out=run")
+    rows, _ = drawn_rows(monkeypatch, "look run")
+    assert rows["heard"][-1] == "noise"
+    assert len({*rows["heard"]}) == len(rows["frame"])
+    assert (rows["frame"] == rows["frame"][:1]).all()
+    shut = rows["with g_av at 0"]
+    assert (shut == shut[:1]).all()
+
+
+def test_look_wants_latents(toys, capsys):
+    """A late fusion has none to look at: one line says so."""
+    main(f"ave --data={toys}/ave --epochs=1 --latents=0 --out=run")
+    assert "no latents" in one_line_error(capsys, "look run")
+
+
 def test_predict_reads_a_video_as_the_data_set_does(roots, monkeypatch):
     """Frames and sounds of the same moments, where sound and picture differ in length.
 

@@ -5,6 +5,7 @@
     python train.py ave --data AVE_Dataset           the paper's experiment
     python train.py eval runs/ave --split test       score a trained run
     python train.py predict runs/ave VIDEO.mp4       a trained run on videos
+    python train.py look runs/ave                    where the latents look
     python train.py report runs/*                    mean and spread of runs
     python train.py bench ave --latents 2            cost, on random data
 
@@ -15,7 +16,7 @@ any other.
 A run leaves in --out
     adapters.pt   what was trained, of the epoch that is best on val
     result.json   scores, log of the epochs, settings: the run is done
-    test.png      the first test clip, what is found in it and what is true
+    test.png      the first test clip with an error: found and true
     state.pt      for --resume, until the run is done
 
 Read the settings and train_ave first; the other three loops differ where their
@@ -36,9 +37,11 @@ Glossary
 import argparse
 import inspect
 import json
+import math
 import os
 import sys
 import tempfile
+import textwrap
 import time
 import zlib
 from collections import Counter, defaultdict
@@ -47,13 +50,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from os.path import basename, dirname, exists, normpath
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.functional import normalize
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.transforms.functional import normalize, to_tensor
 
 import data
 import lavish
@@ -111,10 +116,11 @@ class Settings:
 
     # What one command alone has.
     split: str = "test"  # eval: what to score: train, val or test
-    question: str = ""  # predict: what to ask of a video, with avqa
+    question: str = ""  # predict, look: what to ask of a video, with avqa
     repeat: int = 3  # bench: measured steps
 
 
+TILE = 112  # pixels a side of a tile in a picture
 CHOICES = {"precision": ("fp32", "bf16"), "modality": ("av", "v", "a")}
 
 # The supplementary's settings, on Swin-V2-L at 192 px, where they are not the defaults. It states
@@ -943,9 +949,11 @@ def finish(settings, facts, model, log, test, scores):
     print_scores(scores)
     trained, total = lavish.count_parameters(model)
     print(f"{'trainable of all parameters':45} {trained:,} of {total:,}")
-    *clip, truth = data.source(test)[0]
-    answers = {"found": find(settings, model, clip), "true": truth}
-    draw(settings, facts, clip, answers, f"{settings.out}/test.png")
+    *clip, truth = first_with_error(settings, model, data.source(test))
+    rows = rows_of(settings, clip)
+    answers = {"found": answer(settings, model, clip), "true": truth}
+    rows.update(rows_of_answers(settings, facts, clip, answers))
+    draw(rows, f"{settings.out}/test.png")
     result = {
         "test": list(scores.values())[0],
         "scores": scores,
@@ -1033,32 +1041,38 @@ def predict(folder, videos, given):
 
     folder: of the run; videos: files that ffmpeg reads; given: options, among them --out, the
     folder of the pictures, and --question. A film is cut into clips as long as those that the net
-    was trained on, because memory is finite."""
+    was trained on, because memory is finite. A video that cannot be read does not end the others:
+    InputError at the end."""
     require(videos, "predict wants the folder of a run, then videos")
     pictures = given.pop("out", ".")
     settings, facts, model = open_run(folder, given)
-    task = settings.task
-    require(
-        task != "ucf101" and not settings.extra_audio,
-        "predict is for ave (without --extra-audio), avs and avqa",
-    )
-    require((settings.question != "") == (task == "avqa"), "avqa, and no other, wants --question")
     os.makedirs(pictures, exist_ok=True)
+    faults = []
     for number, video in enumerate(videos):
-        frames, spectrograms, *more = read_video(settings, facts, video)
-        length = SECONDS.get(task, len(frames))
+        try:
+            frames, spectrograms, *question = read_video(settings, facts, video)
+        except InputError as error:
+            print(error)
+            faults.append(video)
+            continue
+        length = SECONDS.get(settings.task, len(frames))
         for start in range(0, len(frames), length):
-            clip = [frames[start : start + length], spectrograms[start : start + length], *more]
-            found = find(settings, model, clip)
-            if task != "avs":
+            end = start + length
+            clip = [frames[start:end], spectrograms[start:end], *question]
+            found = answer(settings, model, clip)
+            if settings.task != "avs":
                 for t, name in enumerate(names_of(facts, found), start):
                     print(f"{video}, from {t} s: {name}")
-            path = f"{pictures}/{number}-{basename(video)}-{start:04d}.png"
-            draw(settings, facts, clip, {"found": found}, path)
+            rows = rows_of(settings, clip)
+            rows.update(rows_of_answers(settings, facts, clip, {"found": found}))
+            run = basename(normpath(folder))  # so that two runs do not write the same picture
+            name = f"{run}-{number}-{basename(video)}-{start:04d}.png"
+            draw(rows, f"{pictures}/{name}")
+    require(not faults, f"{len(faults)} of {len(videos)} videos could not be read: {faults}")
 
 
-def find(settings, model, clip):
-    """What the net finds in a clip, its inputs without a batch: masks (T,M,M), labels (T,), or one
+def answer(settings, model, clip):
+    """What the net says to a clip, its inputs without a batch: masks (T,M,M), labels (T,), or one
     answer or action ()."""
     logits = logits_of(settings, model, [x[None] for x in clip])[0]
     return logits > 0 if settings.task == "avs" else logits.argmax(-1)
@@ -1075,48 +1089,216 @@ def read_video(settings, facts, video):
     """A video file -> frames (T,3,S,S), spectrograms (T,S,S), and AVQA's question (W,).
 
     The same functions read it that read the data sets. T is its seconds, or AVQA's moments."""
+    task = settings.task
+    require(
+        task != "ucf101" and not settings.extra_audio,
+        "videos are for ave (without --extra-audio), avs and avqa",
+    )
+    require((settings.question != "") == (task == "avqa"), "avqa, and no other, wants --question")
     with tempfile.TemporaryDirectory() as folder:
         paths, wav = data.video_files(folder, data.extract_video(video, folder))
-        count = settings.moments if settings.task == "avqa" else len(paths)
+        count = settings.moments if task == "avqa" else len(paths)
         chosen = data.evenly(len(paths), count)
         frames = data.read_frames([paths[second] for second in chosen], settings.image_size)
         seconds = data.seconds_of(data.read_wav(wav), len(paths))[chosen]  # (T,16000)
     clip = [frames, data.spectrograms_of(seconds, settings.image_size, facts["stats"])]
-    if settings.task == "avqa":
+    if task == "avqa":
         words = settings.question.strip().rstrip("?\uff1f").split()
         clip.append(data.encode(words, facts["vocabulary"]))
     return clip
 
 
-def draw(settings, facts, clip, answers, path):
-    """Write a picture of a clip as PNG, a column for each second: frames, spectrograms, answers.
+# ---------------------------------------------------------------- what the latents look at
+# Where a latent looks is drawn from its attention. Whether it matters is another question, which
+# only an intervention answers: with its gate shut, does the answer change?
 
-    clip: inputs of the net without a batch; answers: {"found": and "true": labels or masks}."""
-    frames, spectrograms, *_ = clip
-    columns = len(spectrograms)  # T
-    frames = frames[:: len(frames) // columns]  # (T,3,S,S); UCF101 has two for a sound
-    # As people draw spectrograms: time runs right and pitch up.
-    rows = [frames, spectrograms.transpose(1, 2).flip(1)[:, None]]  # and (T,1,S,S)
+
+def look(folder, videos, given):
+    """Print the gates of a trained run and what shutting each g_av changes; draw where the latents
+    of the two adapters look that change most. For AVS draw one frame beside other sounds instead.
+
+    folder: of the run; videos: one to look at, or none for the test split."""
+    require(len(videos) < 2, "look takes the folder of a run and at most one video")
+    pictures = given.pop("out", folder)
+    settings, facts, model = open_run(folder, given)
+    adapters = adapters_with_latents(model.net)
+    require(adapters, f"{folder} has no latents to look at")
+    os.makedirs(pictures, exist_ok=True)
+    clip = None
+    truth = None
+    if videos:
+        clip = read_video(settings, facts, videos[0])
+    if not videos or settings.task == "avs":
+        test = load_in_order(settings, open_split(settings, "test", facts))
+    if not videos:
+        *clip, truth = first_with_error(settings, model, data.source(test))
+    untouched = answer(settings, model, clip)
+
+    def score():
+        """Of the test split; of a video the share of its labels or pixels that are as before."""
+        if videos:
+            return (answer(settings, model, clip) == untouched).float().mean().item()
+        scores = SCORERS[settings.task](settings, facts, model, test)
+        return list(scores.values())[0]
+
+    print(f"{'adapter':38}      g    g_av   score with g_av at 0, of {score():.4f}")
+    scores = {}  # {name of an adapter: score without what it reads}
+    for name, adapter in adapters.items():
+        gate = adapter.gate_av.item()
+        adapter.gate_av.data.zero_()
+        scores[name] = score()
+        adapter.gate_av.data.fill_(gate)
+        print(f"{name:38} {adapter.gate.item():6.3f}  {gate:6.3f}   {scores[name]:.4f}")
+
+    rows = rows_of(settings, clip)
     if settings.task == "avs":
-        rows += [masks[:, None].float() for masks in answers.values()]  # (T,1,M,M)
+        rows = swap_sounds(settings, facts, model, clip, data.source(test))
+    else:
+        matter_most = sorted(scores, key=scores.get)[:2]
+        for name in matter_most:
+            rows.update(rows_of_latents(settings, model, clip, name, adapters[name]))
+        rows.update(rows_of_answers(settings, facts, clip, {"found": untouched, "true": truth}))
+    draw(rows, f"{pictures}/look.png")
+
+
+def first_with_error(settings, model, dataset):
+    """The first clip of a split whose answer has an error, since errors teach more; otherwise the
+    first one."""
+    for i in range(len(dataset)):
+        *clip, truth = dataset[i]
+        if not torch.equal(answer(settings, model, clip), truth):
+            return [*clip, truth]
+    return dataset[0]
+
+
+def adapters_with_latents(net):
+    """{name: adapter}, "sight reads sound, block 2, beside MLP" for example, from the first block
+    to the last."""
+    named = {}
+    streams = {"sight reads sound": net.visual_adapters, "sound reads sight": net.audio_adapters}
+    for block in range(len(net.visual_adapters)):
+        for stream, adapters in streams.items():
+            for place, adapter in zip(("attention", "MLP"), adapters[block]):
+                if hasattr(adapter, "latents"):  # --one-direction: sound's adapters have none
+                    named[f"{stream}, block {block + 1}, {place}"] = adapter
+    return named
+
+
+def rows_of_latents(settings, model, clip, name, adapter):
+    """{name of a row: the picture that a latent reads, as bright as its weight there}, for each
+    latent of an adapter. The name says how many times an even look the greatest weight is."""
+    inputs = []
+    hook = adapter.register_forward_pre_hook(lambda module, tokens: inputs.extend(tokens))
+    answer(settings, model, clip)
+    hook.remove()
+    _, other = inputs  # (BT,N,d)
+    with torch.no_grad():
+        attention, _ = adapter.compress(other)  # (BT,m,N)
+    rows = {}
+    frames, spectrograms = rows_of(settings, clip).values()
+    picture = spectrograms if name.startswith("sight") else frames  # (T,C,H,W)
+    for number, weights in enumerate(attention.float().cpu().unbind(1), 1):  # (BT,N)
+        weights = weights.reshape(
+            len(picture), -1
+        )  # (T,N); VideoMAE has all tokens of a clip in one
+        greatest = weights.max() * weights.shape[1]
+        side = math.isqrt(weights.shape[1])
+        maps = weights[:, -side * side :]  # without a ViT's class token
+        maps = maps.view(-1, 1, side, side)  # (T,1,H,H)
+        if name.startswith("sight"):
+            maps = as_drawn(maps[:, 0])
+        # Each second has its own greatest weight, which is drawn at full brightness.
+        maps = maps / maps.amax((2, 3), keepdim=True)
+        maps = F.interpolate(maps, picture.shape[-2:])
+        rows[f"{name}: latent {number} ({greatest:.1f} x even)"] = maps * picture
+    return rows
+
+
+def swap_sounds(settings, facts, model, clip, dataset):
+    """{name of a row: tiles} of an intervention: the frame of a clip beside the sounds of clips of
+    other categories, and the masks found, also with what sight reads of the sound shut off."""
+    frames, _, *_ = clip
+    sounds = {}  # {category: spectrogram (S,S)}
+    for i, (_, category) in enumerate(dataset.clips):
+        if category not in sounds and len(sounds) < 4:
+            _, spectrograms, _ = dataset[i]
+            sounds[category] = spectrograms[0]
+    hiss = 0.01 * torch.randn(1, lavish.SAMPLE_RATE)
+    noise = data.spectrograms_of(hiss, settings.image_size, facts["stats"])  # (1,S,S)
+    heard = torch.cat([torch.stack([*sounds.values()]), noise])  # (n,S,S)
+    swapped = [frames[:1].expand(len(heard), -1, -1, -1), heard]
+    rows = rows_of(settings, swapped)
+    rows["heard"] = [*sounds, "noise"]
+    rows["mask found"] = answer(settings, model, swapped)[:, None].float()
+    for adapter in adapters_with_latents(model.net).values():
+        adapter.gate_av.data.zero_()
+    rows["with g_av at 0"] = answer(settings, model, swapped)[:, None].float()
+    return rows
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def rows_of(settings, clip):
+    """{name of a row: its tiles (T,C,H,W) from 0 to 1}: what the net gets, a column a second."""
+    frames, spectrograms, *_ = clip
+    frames = frames[:: len(frames) // len(spectrograms)]  # (T,3,S,S); UCF101 has two for a sound
+    mean = torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
+    sounds = as_drawn(spectrograms)  # (T,1,S,S)
+    sounds = (sounds - sounds.min()) / (sounds.max() - sounds.min())
+    return {"frame": frames * std + mean, "sound (time right, pitch up)": sounds}
+
+
+def as_drawn(spectrograms):
+    """(T,S,S), rows time -> (T,1,S,S) as people draw spectrograms: time runs right and pitch up."""
+    return spectrograms.transpose(1, 2).flip(1)[:, None]
+
+
+def rows_of_answers(settings, facts, clip, answers):
+    """{"found" and "true": T masks or T texts}. answers: masks or labels, None for what is unknown.
+    AVQA's question stands above its answers."""
+    columns = len(clip[1])  # T
+    rows = {}
+    if settings.task == "avqa":
+        words = facts["vocabulary"]["words"]
+        question = [words[index] for index in clip[2] if index > 0]
+        rows["question"] = [" ".join(question)] + [""] * (columns - 1)
+    for what, labels in answers.items():
+        if labels is not None and settings.task == "avs":
+            rows[what] = labels[:, None].float()  # (T,1,M,M)
+        elif labels is not None:
+            rows[what] = names_of(facts, labels.expand(columns))
+    return rows
+
+
+def draw(rows, path):
+    """Write a picture as PNG: a row for each name, a column for each second.
+
+    rows: {name: T images (T,1 or 3,H,W) from 0 to 1, or T texts}. A text may run on to the right
+    over columns without any."""
     strips = []
-    for row in rows:
-        tiles = F.interpolate(row, (112, 112))
-        # From the least value, black, to the greatest, white. A mask of one value is black.
-        strips.append(make_grid(tiles, columns, 4, normalize=True, pad_value=1))
-    if settings.task != "avs":
-        for what, labels in answers.items():
-            names = names_of(facts, labels.expand(columns))
-            tiles = [text_tile(f"{what}: {name}") for name in names]
-            strips.append(make_grid(tiles, columns, 4, pad_value=1))
-    data.write_image(path, (torch.cat(strips, 1) * 255).byte())  # (3,H,W)
+    for name, tiles in rows.items():
+        if torch.is_tensor(tiles):
+            tiles = F.interpolate(tiles.expand(-1, 3, -1, -1), (TILE, TILE))
+            tiles = F.pad(tiles, (0, 4, 0, 4), value=1)  # (T,3,116,116), with a white edge
+            strip = torch.cat([*tiles], 2)  # (3,116,T*116)
+        else:
+            strip = write_texts(tiles, TILE + 4, 28)  # (3,28,T*116)
+        label = write_texts([textwrap.fill(name, 20)], 190, strip.shape[1])
+        strips.append(torch.cat([label, strip], 2))
+    data.write_image(path, (torch.cat(strips, 1).clamp(0, 1) * 255).byte())  # (3,H,W)
     print(f"drawn in {path}")
 
 
-def text_tile(text):
-    """A white tile (3,20,112) with a text; torchvision writes texts into boxes."""
-    box = torch.tensor([[0, 0, 111, 19]])
-    return draw_bounding_boxes(torch.ones(3, 20, 112), box, [text], "black")
+def write_texts(texts, width, height):
+    """Texts side by side, each from the left of its column of a white strip (3,height,n*width)."""
+    strip = PIL.Image.new("RGB", (len(texts) * width, height), "white")
+    pen = PIL.ImageDraw.Draw(strip)
+    font = PIL.ImageFont.load_default(17)  # large enough to read at the width of a page
+    for column, text in enumerate(texts):
+        pen.multiline_text((column * width + 4, 4), text, "black", font)
+    return to_tensor(strip)
 
 
 # ---------------------------------------------------------------- report and cost
@@ -1254,7 +1436,7 @@ def parse(arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("command", choices=[*LOOPS, "eval", "predict", "report", "bench"])
+    parser.add_argument("command", choices=[*LOOPS, "eval", "predict", "look", "report", "bench"])
     parser.add_argument("paths", nargs="*", help="runs and videos; eval and bench take one")
     for setting in fields(Settings)[1:]:
         name = f"--{setting.name.replace('_', '-')}"
@@ -1349,6 +1531,8 @@ def main(arguments=None):
                 evaluate(first, given)
             elif command == "predict":
                 predict(first, others, given)
+            elif command == "look":
+                look(first, others, given)
             elif command == "report":
                 report(paths)
             else:
