@@ -1284,9 +1284,12 @@ def draw(rows, path):
             tiles = F.pad(tiles, (0, 4, 0, 4), value=1)  # (T,3,116,116), with a white edge
             strip = torch.cat([*tiles], 2)  # (3,116,T*116)
         else:
-            strip = write_texts(tiles, TILE + 4, 28)  # (3,28,T*116)
+            texts = [*tiles, *[""] * (6 - len(tiles))]  # room for a question above one column
+            strip = write_texts(texts, TILE + 4, 28)  # (3,28,T*116)
         label = write_texts([textwrap.fill(name, 20)], 190, strip.shape[1])
         strips.append(torch.cat([label, strip], 2))
+    width = max(strip.shape[2] for strip in strips)
+    strips = [F.pad(strip, (0, width - strip.shape[2]), value=1) for strip in strips]
     data.write_image(path, (torch.cat(strips, 1).clamp(0, 1) * 255).byte())  # (3,H,W)
     print(f"drawn in {path}")
 
