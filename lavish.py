@@ -134,7 +134,8 @@ class Lavish(nn.Module):
     final norm.
 
     one_direction: the audio stream's adapters read nothing; vision still reads sound.
-    checkpoint_activations: compute each block again in the backward pass instead of keeping it."""
+    checkpoint_activations: compute each block again in the backward pass instead of keeping it.
+    compile_blocks: compile lavish_block by torch.compile, which takes minutes, and then is faster."""
 
     def __init__(
         self,
@@ -144,6 +145,7 @@ class Lavish(nn.Module):
         groups=2,
         one_direction=False,
         checkpoint_activations=False,
+        compile_blocks=False,
     ):
         super().__init__()
         audio_latents = 0 if one_direction else latents
@@ -153,6 +155,12 @@ class Lavish(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         if checkpoint_activations:
             count_batches_once(self)
+        self.block = lavish_block
+        if compile_blocks:
+            # One function for all blocks, whose weights are its inputs. It is compiled anew for each
+            # stage, in training and in evaluation, and torch gives up after eight times.
+            torch._dynamo.config.recompile_limit = 64
+            self.block = torch.compile(lavish_block)
 
     def train(self, mode=True):
         super().train(mode)
@@ -171,9 +179,9 @@ class Lavish(nn.Module):
                 lav_v, lav_a = next(adapters)  # of this block
                 inputs = (self.backbone, block, lav_v, lav_a, x_v, x_a)
                 if recompute:
-                    x_v, x_a = checkpoint(lavish_block, *inputs, use_reentrant=False)
+                    x_v, x_a = checkpoint(self.block, *inputs, use_reentrant=False)
                 else:
-                    x_v, x_a = lavish_block(*inputs)  # (BT,N,d) each
+                    x_v, x_a = self.block(*inputs)  # (BT,N,d) each
             visual.append(x_v)
             audio.append(x_a)
             x_v = merge(x_v)  # (BT,N/4,2d)

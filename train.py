@@ -84,6 +84,7 @@ class Settings:
     workers: int = 4  # processes that read clips, at most one a core
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     precision: str = "fp32"  # fp32 or bf16, by autocast
+    compile: bool = False  # minutes at the start, then faster steps
     resume: bool = False  # go on with a stopped run, by its own settings
 
     # The net. The defaults are what the supplementary gives for AVS and AVQA.
@@ -647,8 +648,15 @@ def make_net(settings):
     adapter = (settings.latents, settings.reduction, settings.groups)
     try:
         if settings.modality == "av":
-            recompute = settings.checkpoint_activations
-            net = lavish.Lavish(backbone, *adapter, settings.one_direction, recompute)
+            net = lavish.Lavish(
+                backbone,
+                *adapter,
+                settings.one_direction,
+                settings.checkpoint_activations,
+                settings.compile,
+            )
+            if settings.compile:
+                print("--compile: the first steps take some minutes")
         else:
             net = lavish.OneStream(backbone, settings.modality, *adapter[1:])
     except ValueError as error:
