@@ -135,7 +135,7 @@ class Lavish(nn.Module):
 
     one_direction: the audio stream's adapters read nothing; vision still reads sound.
     checkpoint_activations: compute each block again in the backward pass instead of keeping it.
-    compile_blocks: compile lavish_block by torch.compile, which takes minutes, and then is faster."""
+    compile_blocks: torch.compile makes lavish_block faster, after minutes of compiling."""
 
     def __init__(
         self,
@@ -157,8 +157,8 @@ class Lavish(nn.Module):
             count_batches_once(self)
         self.block = lavish_block
         if compile_blocks:
-            # One function for all blocks, whose weights are its inputs. It is compiled anew for each
-            # stage, in training and in evaluation, and torch gives up after eight times.
+            # One function for all blocks, whose weights are its inputs. It is compiled anew for
+            # each stage, in training and in evaluation; torch gives up after eight times.
             torch._dynamo.config.recompile_limit = 64
             self.block = torch.compile(lavish_block)
 

@@ -343,6 +343,29 @@ def test_recomputed_activations_change_nothing(monkeypatch):
             assert_close(recomputed, buffer)
 
 
+def test_a_compiled_block_gives_the_same_outputs_and_gradients(monkeypatch):
+    """With activations that are recomputed, and in evaluation. The graphs are torch's, run without
+    generating code for them, which takes minutes.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    nets = []
+    for compiled in (False, True):
+        net = Lavish(tiny_vit(), checkpoint_activations=True, compile_blocks=compiled)
+        nets.append(randomise(net).train())
+    plain, compiled = nets
+    frames, spectrograms = images(3)
+    inputs = (frames, spectrograms)
+    outputs = [
+        torch.cat([visual[-1], audio[-1]]) for visual, audio in (plain(*inputs), compiled(*inputs))
+    ]
+    assert_close(*outputs)
+    wanted = gradients(plain, outputs[0])
+    for name, gradient in gradients(compiled, outputs[1]).items():
+        assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        assert_close(plain.eval()(*inputs), compiled.eval()(*inputs))
+
+
 @parametrize("modality, own, other", [("v", 0, 1), ("a", 1, 0)])
 def test_one_stream_is_half_of_two_that_do_not_meet(modality, own, other):
     """Its tokens are those of a two-stream net without latents. The input that is out does not
@@ -424,6 +447,195 @@ def test_aves_head_cannot_compare_the_streams():
     frames, spectrograms = images(2, 3)
     own = model(frames, spectrograms).sum(0)
     assert_close(model(frames, spectrograms.flip(0)).sum(0), own)
+
+
+def conv(layer, x):
+    """A convolution that keeps the size of its map."""
+    return F.conv2d(x, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
+
+
+def unit(layer, x):
+    """AVSBench's residual unit. Its first relu works in place, so the shortcut is rectified."""
+    x = F.relu(x)
+    return conv(layer.conv2, F.relu(conv(layer.conv1, x))) + x
+
+
+def naive_decoder(model, visual, audio):
+    """AVSBench's decoder by torch's functions: three maps, fused from the coarsest to the finest.
+
+    Widths, dilations, kinds of interpolation and relus as in avs_s4/model/PVT_AVSModel.py.
+    """
+    maps = []
+    for i, side in enumerate((5, 2, 1)):  # 20 pixels / 4, / 8, / 16
+        linear = model.project[i]
+        y = F.linear(visual[i], linear.weight, linear.bias)  # (BT,N,w)
+        images, tokens, width = y.shape
+        y = y.transpose(1, 2).reshape(images, width, round(tokens**0.5), -1)
+        y = F.interpolate(y, (side, side), mode="bicubic", align_corners=False)
+        total = 0
+        for layer, dilation in zip(model.context[i].convs, (3, 6, 12, 18)):
+            total = total + F.conv2d(
+                y, layer.weight, layer.bias, padding=dilation, dilation=dilation
+            )
+        if model.tpavi is not None:
+            sound = F.linear(audio[-1].mean(1), model.audio.weight, model.audio.bias)
+            total = released_tpavi(model.tpavi[i], total, sound.view(2, 3, -1))
+        maps.append(total)
+    x = unit(model.fuse[2], maps[2])
+    x = F.interpolate(x, (2, 2), mode="bilinear", align_corners=True)
+    x = unit(model.fuse[1], x + unit(model.skip[1], maps[1]))
+    x = F.interpolate(x, (5, 5), mode="bilinear", align_corners=True)
+    x = unit(model.fuse[0], x + unit(model.skip[0], maps[0]))
+    x = F.interpolate(x, (10, 10), mode="bilinear", align_corners=True)
+    first, _, second, _, third = model.mask
+    x = F.interpolate(conv(first, x), (20, 20), mode="bilinear", align_corners=False)
+    return conv(third, F.relu(conv(second, x))).view(2, 3, 20, 20).float()
+
+
+@parametrize("tpavi", [False, True])
+def test_the_decoder_of_masks_is_avsbenchs(tpavi):
+    """Against torch's functions, written out for three stages.
+
+    A dilation, an interpolation or a relu of another kind would still learn masks.
+    """
+    model = randomise(AVS(tiny_lavish(), 20, 8, tpavi)).eval()
+    frames, spectrograms = images(2, 3)
+    visual, audio = model.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
+    logits = model(frames, spectrograms)
+    assert_close(logits, naive_decoder(model, visual, audio))
+
+
+def dense(layer, x):
+    """A linear layer."""
+    return x @ layer.weight.T + layer.bias
+
+
+def naive_lstm(lstm, x):
+    """The last hidden state and cell of words (B,W,D), gate by gate."""
+    h = c = torch.zeros_like(x[:, 0])
+    for word in x.unbind(1):
+        gates = word @ lstm.weight_ih_l0.T + lstm.bias_ih_l0
+        gates = gates + h @ lstm.weight_hh_l0.T + lstm.bias_hh_l0
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+    return h, c
+
+
+def naive_grounding_in_time(module, question, seconds):
+    """Four heads of two channels, the question asking; then an MLP, a norm and the mean."""
+    weights = module.attention.in_proj_weight.chunk(3)
+    biases = module.attention.in_proj_bias.chunk(3)
+    q = question @ weights[0].T + biases[0]  # (B,D)
+    k = seconds @ weights[1].T + biases[1]  # (B,T,D)
+    v = seconds @ weights[2].T + biases[2]
+    heads = []
+    for at in range(0, 8, 2):
+        own = slice(at, at + 2)
+        scores = (k[..., own] * q[:, None, own]).sum(-1) / 2**0.5  # (B,T)
+        heads.append((scores.softmax(-1)[..., None] * v[..., own]).sum(1))
+    z = dense(module.attention.out_proj, torch.cat(heads, -1))
+    z = z + dense(module.mlp[3], dense(module.mlp[0], z).relu())
+    z = F.layer_norm(z, z.shape[-1:], module.norm.weight, module.norm.bias)
+    return z + seconds.mean(1)
+
+
+def naive_grounding_in_space(model, tokens, heard):
+    """The place where the sound is, beside the mean of all places."""
+    tokens = dense(model.visual_in, tokens)  # (BT,N,D)
+    cosine = F.cosine_similarity(tokens, heard[:, None], dim=-1)  # (BT,N)
+    unit_length = tokens / tokens.norm(dim=-1, keepdim=True)
+    place = torch.einsum("bn,bnd->bd", cosine.softmax(-1), unit_length)
+    return dense(model.visual_out, torch.cat([tokens.mean(1), place], -1).tanh())
+
+
+def test_the_head_of_answers_is_music_avqas():
+    """Answers and matches against a head written out: LSTM, grounding, fusion by a product.
+
+    Where a tanh or a mean is missing, or a sum stands for the product, it would still learn.
+    """
+    model, (frames, spectrograms, question, negatives) = tiny_model("avqa")
+    model.eval()
+    visual, audio = model.net(frames.flatten(0, 1), spectrograms.flatten(0, 1))
+    h, c = naive_lstm(model.lstm, model.embedding.weight[question].tanh())
+    asked = dense(model.question, torch.cat([h, c], -1).tanh())
+    heard = dense(model.audio_out, dense(model.audio_in, audio[-1].mean(1)).relu())
+    seen = naive_grounding_in_space(model, visual[-1], heard)
+    when = [
+        naive_grounding_in_time(model.when_heard, asked, heard.view(2, 3, -1)),
+        naive_grounding_in_time(model.when_seen, asked, seen.view(2, 3, -1)),
+    ]
+    fused = dense(model.fusion, torch.cat(when, -1).tanh())
+    wanted = dense(model.answer, (asked * fused).tanh())
+
+    foreign = model.net.backbone(negatives.flatten(0, 1))[-1]
+    other = naive_grounding_in_space(model, foreign, heard)
+    pairs = torch.cat([torch.cat([heard, seen], -1), torch.cat([heard, other], -1)])
+    for k, layer in enumerate(m for m in model.match if isinstance(m, nn.Linear)):
+        pairs = dense(layer, pairs if k == 0 else pairs.relu())
+
+    answer, match = model(frames, spectrograms, question, negatives)
+    assert_close(answer, wanted.float())
+    assert_close(match, pairs.float())
+
+
+def test_a_sound_stays_beside_its_two_frames():
+    """UCF101: spectrogram k goes with frames 2k and 2k+1, by the net on each pair alone."""
+    model = randomise(lavish.UCF101(tiny_lavish(), 5)).eval()
+    frames, spectrograms = images(1, 16)
+    spectrograms = spectrograms[:, :8]
+    features = []
+    for k in range(16):
+        visual, audio = model.net(frames[0, k : k + 1], spectrograms[0, k // 2 : k // 2 + 1])
+        features.append(torch.cat([visual[-1].mean(1), audio[-1].mean(1)], -1))
+    wanted = dense(model.head, torch.cat(features).mean(0, keepdim=True))
+    assert_close(model(frames, spectrograms), wanted.float())
+
+
+def test_every_trained_tensor_starts_as_published():
+    """Gates at 0, norms as the identity, latents evenly between 0 and 1, the decoder's dilated
+    convolutions at 0.01, all other layers as torch starts them.
+
+    A start is a part of the method: with g at 1 the net would not begin as the frozen one.
+    """
+    torch.manual_seed(0)
+    net = lavish.Lavish(lavish.make_backbone("nano"), latents=64)
+    models = [AVE(net), AVS(net, 32, 64, tpavi=True), AVQA(net, hidden=64), lavish.UCF101(net)]
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert_starts_right(name, parameter)
+    buffers = net.visual_adapters.named_buffers()
+    assert {name: b for name, b in buffers if "running_mean" in name and b.any()} == {}
+
+
+def assert_starts_right(name, parameter):
+    """One tensor, by its name."""
+    last = name.split(".")[-1]
+    start = parameter.detach()
+    if re.search(r"gate|tpavi.*bn\.weight|(norm|bn)\w*\.bias|in_proj_bias|out_proj.bias", name):
+        assert not start.any(), name
+    elif re.search(r"(norm|bn)\w*\.weight", name):
+        assert (start == 1).all(), name
+    elif last == "latents":
+        assert 0 <= start.min() < 0.1 < 0.9 < start.max() < 1, name
+        assert start.mean() == pytest.approx(0.5, abs=0.05), name
+    elif "embedding" in name:
+        assert start.std() == pytest.approx(1, rel=0.1), name
+    elif re.search(r"context.*weight", name):
+        assert start.std() == pytest.approx(0.01, rel=0.1), name
+        assert start.abs().max() > 0.03, name  # normal, not within bounds
+    elif "in_proj_weight" in name:
+        bound = (6 / sum(start.shape)) ** 0.5
+        assert 0.9 * bound < start.abs().max() <= bound, name
+    else:  # uniform within 1 / sqrt(inputs); the LSTM's within 1 / sqrt(hidden)
+        module = name.rpartition(".")[0]
+        inputs = 64 if "lstm" in module or last == "bias" else start[0].numel()
+        bound = inputs**-0.5
+        if last == "weight" or "lstm" in module:
+            assert 0.8 * bound < start.abs().max() <= bound * 1.0001, name
+        else:
+            assert start.abs().max() > 0, name
 
 
 def test_the_first_mask_alone_is_the_first_of_all():
@@ -1572,30 +1784,46 @@ FACTS = {"classes": "abcd", "mask_size": 32, "vocabulary": {"words": "abc", "ans
 
 
 @parametrize(
-    "task, option",
+    "task, option, tensor, shape",
     [
-        ("ave", "--latents=3"),
-        ("ave", "--reduction=4"),
-        ("ave", "--groups=1"),
-        ("ave", "--modality=v"),
-        ("ave", "--one-direction"),
-        ("ave", "--extra-audio=vggish.npy"),
-        ("avs", "--tpavi"),
-        ("avs", "--channels=32"),
-        ("avqa", "--hidden=64"),
+        ("ave", "--latents=3", "net.audio_adapters.0.0.latents", (3, 32)),
+        ("ave", "--reduction=4", "net.audio_adapters.0.0.bn_down.weight", (8,)),
+        ("ave", "--groups=1", "net.audio_adapters.0.0.down.0.weight", (4, 32)),
+        ("ave", "--modality=v", "net.adapters.0.0.gate", (1,)),
+        ("ave", "--one-direction", "net.audio_adapters.0.0.latents", None),
+        ("ave", "--extra-audio=vggish.npy", "head.0.weight", (512, 2 * 128 + 128)),
+        ("avs", "--tpavi", "tpavi.0.theta.weight", (32, 64)),
+        ("avs", "--channels=32", "fuse.0.conv1.weight", (32, 32, 3, 3)),
+        ("avqa", "--hidden=64", "answer.weight", (3, 64)),
     ],
 )
-def test_an_option_changes_the_net(toys, monkeypatch, task, option):
-    """Other weights are trained, or more, or fewer.
+def test_an_option_changes_what_it_names(toys, monkeypatch, task, option, tensor, shape):
+    """The tensor has another shape without the option, or is not there.
 
-    The sum of all trained weights stands for the net: an option that is not passed on leaves it.
+    Two options that change places would both change the net.
     """
-    sums = []
+    shapes = []
     for more in ("", option):
         settings = settings_of(monkeypatch, f"{task} --data={toys}/{task} {more}")
-        parameters = train.add_head(settings, FACTS, train.make_net(settings)).parameters()
-        sums.append(sum(p.sum().item() for p in parameters if p.requires_grad))
-    assert sums[0] != sums[1]
+        model = train.add_head(settings, FACTS, train.make_net(settings))
+        trained_ones = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        shapes.append(trained_ones.get(tensor))
+    assert shapes[1] == shape != shapes[0]
+
+
+def test_modality_recomputation_and_compilation_reach_the_net(toys, monkeypatch):
+    """What has no shape: which stream is alone, what is recomputed, what is compiled."""
+    line = f"ave --data={toys}/ave"
+    for modality in "va":
+        settings = settings_of(monkeypatch, f"{line} --modality={modality}")
+        assert train.make_net(settings).modality == modality
+    assert not train.make_net(settings_of(monkeypatch, line)).checkpoint_activations
+    settings = settings_of(monkeypatch, f"{line} --checkpoint-activations")
+    assert train.make_net(settings).checkpoint_activations
+    monkeypatch.setattr(torch, "compile", Mock(return_value="compiled"))
+    settings = settings_of(monkeypatch, f"{line} --compile")
+    assert train.make_net(settings).block == "compiled"
+    torch.compile.assert_called_with(lavish.lavish_block)
 
 
 def test_avqa_has_the_published_rates(toys, monkeypatch):
@@ -1736,9 +1964,10 @@ def test_the_order_changes_with_the_epoch_and_the_rates_fall(toys, monkeypatch, 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
     main(f"ave --data={toys}/ave --epochs=3 --lr=0.1 --head-lr=0.2 --out=run {option}")
     assert np.allclose(rates, np.outer(wanted, [0.1, 0.2]))
-    first, second, third = [batch[0].sum((1, 2, 3, 4)).tolist() for batch in batches]
-    assert not first == second == third
-    assert sorted(first) == sorted(second)
+    items = data.AVEDataset(f"{toys}/ave", "train", SIZE)
+    for epoch, batch in enumerate(batches):
+        shuffled = torch.randperm(len(items), generator=torch.Generator().manual_seed(epoch))
+        assert_same(batch[0], torch.stack([items[k][0] for k in shuffled]))
 
 
 def test_negatives_are_drawn_anew_in_each_epoch_of_a_run(toys, monkeypatch):
