@@ -44,6 +44,7 @@ import torch.nn.functional as F
 import torchaudio
 import torchvision
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import Bottleneck
 
 # ---------------------------------------------------------------- the adapter
 
@@ -315,14 +316,17 @@ class AVE(nn.Module):
 
 
 def pooled(net, frames, spectrograms):
-    """frames (B,T,3,S,S), spectrograms (B,T,S,S) -> (B,T,2d): what stands for each image, a ViT's
-    class token or the mean over the tokens, both streams side by side."""
+    """frames (B,T,3,S,S), spectrograms (B,T,S,S) -> (B,T,2d): what stands for each image, both
+    streams side by side."""
     vectors = []
     for stages in net(frames.flatten(0, 1), spectrograms.flatten(0, 1)):
-        tokens = stages[-1]  # (BT,N,d)
-        is_vit = hasattr(net.backbone, "class_token")
-        vectors.append(tokens[:, 0] if is_vit else tokens.mean(1))  # (BT,d)
+        vectors.append(image_vectors(net.backbone, stages[-1]))  # (BT,d)
     return torch.cat(vectors, -1).unflatten(0, (len(frames), -1))
+
+
+def image_vectors(backbone, tokens):
+    """(BT,N,d) -> (BT,d): a ViT's class token, or the mean over the tokens."""
+    return tokens[:, 0] if hasattr(backbone, "class_token") else tokens.mean(1)
 
 
 class UCF101(nn.Module):
@@ -819,14 +823,14 @@ def start_near_identity(features):
 
 class ViT(torchvision.models.VisionTransformer):
     """Vision Transformer (Dosovitskiy et al., ICLR 2021): one stage, class token first. Pre-norm:
-    x <- x + attn(norm1(x)), then x <- x + mlp(norm2(x)). Patches of 16 x 16 pixels."""
+    x <- x + attn(norm1(x)), then x <- x + mlp(norm2(x))."""
 
     forward = frozen_forward
 
-    def __init__(self, layers, heads, dim, image_size):
-        fits = image_size > 0 and image_size % 16 == 0
-        require(fits, f"image size {image_size} is no multiple of 16")
-        super().__init__(image_size, 16, layers, heads, dim, 4 * dim)
+    def __init__(self, layers, heads, dim, image_size, patch=16):
+        fits = image_size > 0 and image_size % patch == 0
+        require(fits, f"image size {image_size} is no multiple of {patch}")
+        super().__init__(image_size, patch, layers, heads, dim, 4 * dim)
         self.heads = nn.Identity()  # no classifier
         self.dims = [dim]
         self.stages = [(self.encoder.layers, nn.Identity())]
@@ -835,7 +839,7 @@ class ViT(torchvision.models.VisionTransformer):
         return self.encoder.ln(x)
 
     def embed(self, images):
-        patches = self._process_input(images)  # (BT,(S/16)^2,d)
+        patches = self._process_input(images)  # (BT,(S/patch)^2,d)
         class_token = self.class_token.expand(len(images), -1, -1)  # (BT,1,d)
         return torch.cat([class_token, patches], 1) + self.encoder.pos_embedding
 
@@ -890,6 +894,68 @@ class VideoMAE(ViT):
         return x.flatten(2).transpose(1, 2) + self.positions  # (B,8*(S/16)^2,d)
 
 
+class ResNet(nn.Module):
+    """ResNet (He et al., CVPR 2016) of bottlenecks, x <- relu(x + f(x)); tokens are the places of
+    its maps. Its first bottleneck of each layer changes the width: it stands where Swin merges.
+
+    Neither paper nor release says where the adapters stood (the trace left, released AVE
+    net_trans_v2.py:558-597, has none). Here a bottleneck is a block whose MLP adds nothing, so that
+    two adapters stand beside it, one after the other, as beside the blocks of the others."""
+
+    forward = frozen_forward
+
+    def __init__(
+        self,
+        depths,  # bottlenecks of each layer
+        width,  # of the first convolution; the layers have 4, 8 ... times as much
+        image_size,
+    ):
+        super().__init__()
+        fits = image_size > 0 and image_size % (2 ** (len(depths) + 1)) == 0
+        require(fits, f"image size {image_size} is no multiple of {2 ** (len(depths) + 1)}")
+        self.image_size = image_size
+        self.dims = [4 * width * 2**i for i in range(len(depths))]
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layers = nn.ModuleDict()
+        inside = width
+        for i, (depth, dim) in enumerate(zip(depths, self.dims)):
+            first = WideningBottleneck(inside, dim, stride=1 if i == 0 else 2)
+            others = [Bottleneck(dim, dim // 4) for _ in range(depth - 1)]
+            self.layers[f"layer{i + 1}"] = nn.Sequential(first, *others)
+            inside = dim
+        layers = list(self.layers.values())
+        merges = [layer[0] for layer in layers[1:]] + [nn.Identity()]
+        self.stages = [(layer[1:], merge) for layer, merge in zip(layers, merges)]
+        self.norm = nn.Identity()
+
+    def embed(self, images):
+        x = self.bn1(self.conv1(images)).relu()  # (BT,width,S/2,S/2)
+        x = F.max_pool2d(x, 3, 2, 1)  # (BT,width,S/4,S/4)
+        return self.layers["layer1"][0](x.flatten(2).transpose(1, 2))  # (BT,(S/4)^2,4 width)
+
+    def msa(self, block, x):
+        z = block(to_maps(x))  # (BT,C,H,H)
+        return z.flatten(2).transpose(1, 2) - x
+
+    def mlp(self, block, x):
+        return torch.zeros_like(x)
+
+    def renamings(self, weights):
+        return [(r"^layer(?=\d)", "layers.layer")]
+
+
+class WideningBottleneck(Bottleneck):
+    """A bottleneck of another width and stride: tokens (BT,N,d) -> (BT,N/stride^2,dim)."""
+
+    def __init__(self, inside, dim, stride):
+        shortcut = nn.Sequential(nn.Conv2d(inside, dim, 1, stride, bias=False), nn.BatchNorm2d(dim))
+        super().__init__(inside, dim // 4, stride, shortcut)
+
+    def forward(self, x):
+        return super().forward(to_maps(x)).flatten(2).transpose(1, 2)
+
+
 # ---------------------------------------------------------------- backbones and weights by name
 
 SWIN_B = (128, (2, 2, 18, 2), (4, 8, 16, 32))
@@ -920,6 +986,9 @@ BACKBONES = {  # name: (class, its settings, image size and address of the publi
     "vit_small": (ViT, (12, 6, 384), 224, None),
     "vit_base": (ViT, (12, 12, 768), 224, f"{TORCH}/vit_b_16-c867db91.pth"),
     "vit_large": (ViT, (24, 16, 1024), 224, f"{TORCH}/vit_l_16-852ce7e3.pth"),
+    "vit_nano": (partial(ViT, patch=4), (4, 4, 80), 32, None),  # of about as many parameters
+    "resnet152": (ResNet, ((3, 8, 36, 3), 64), 224, f"{TORCH}/resnet152-394f9c45.pth"),
+    "resnet_nano": (ResNet, ((2, 2, 2), 20), 32, None),
     "videomae": (VideoMAE, (12, 12, 768), 224, None),
     "videomae_nano": (VideoMAE, (4, 4, 64), 32, None),  # the toy's
 }
@@ -933,8 +1002,11 @@ def make_backbone(name, image_size=None):
     return kind(*settings, image_size or published_size)
 
 
-# What is not loaded: classifiers, decoders, and tables that follow from the window.
-UNUSED = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_(position|coords)|attn_mask"
+# What is not loaded: classifiers, decoders, tables that follow from the window, and a count.
+UNUSED = (
+    "^head|^fc[.]|^decoder|^mask_token|^encoder_to"
+    "|relative_(position|coords)|attn_mask|batches_tracked"
+)
 MLP_NAMES = [
     (r"mlp\.(fc|linear_)1", "mlp.0"),
     (r"mlp\.(fc|linear_)2", "mlp.3"),
@@ -1067,6 +1139,7 @@ PAPERS_COUNTS = """
     AVE        base12     2/8/2     5.0  114.2
     AVE        vit_base   2/8/2     4.7  107.2
     AVE        vit_large  2/8/2    14.5  340.1
+    AVE        resnet152  2/8/2       -      -
     AVS        large     16/4/2    37.2  266.4
     AVS+TPAVI  large     16/4/2       -      -
     AVQA       large     16/4/2    21.1  249.8
@@ -1093,8 +1166,8 @@ def count_the_papers():
             model = heads[task](net)
         adapters, _ = count_parameters(net)
         trained, total = count_parameters(model)
-        # The paper's totals count the unused ImageNet-22k classifier; UCF101's backbone has none.
-        if task != "UCF101":
+        # The paper's totals count the unused ImageNet-22k classifier.
+        if paper_total != "-" or task == "AVS+TPAVI":
             total += 21841 * (net.backbone.dims[-1] + 1)
         print(
             f"{task:9} {name:9} {sizes:>10} {adapters / 1e6:8.2f} "

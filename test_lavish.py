@@ -776,6 +776,41 @@ def test_vit_equals_torchvision():
     assert_same_tokens(ViT(2, 2, 32, 64), theirs, theirs, 64)
 
 
+def test_resnet_equals_torchvision_at_all_stages():
+    """With ResNet-152's weights under their published names, closed gates and running statistics.
+
+    Torchvision's own layers are the oracle: the update of a bottleneck is relu(x + f(x)) - x.
+    """
+    theirs = torchvision.models.resnet152().eval()
+    ours = lavish.make_backbone("resnet152", 64).eval()
+    lavish.load_pretrained(ours, theirs.state_dict())
+    frames, _ = images(2, size=64)
+    frames = frames.float()
+    x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(frames))))
+    net = Lavish(ours).train()
+    visual, audio = net(frames, frames[:, 0])
+    for tokens, layer in zip(visual, (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4)):
+        x = layer(x)
+        wanted = x.flatten(2).transpose(1, 2)
+        assert (tokens - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert lavish.image_vectors(ours, visual[-1]).shape == (2, 2048)
+    assert audio[-1].shape == (2, 4, 2048)
+
+
+@parametrize("name", ["vit_nano", "resnet_nano"])
+@parametrize("option", ["", "--latents=0", "--modality=a", "--one-direction"])
+def test_other_nano_backbones_learn_a_toy(toys, monkeypatch, name, option):
+    """Pretrained on toy images, each once; of about as many parameters as nano."""
+    parameters = [lavish.count_parameters(lavish.make_backbone(n))[1] for n in ("nano", name)]
+    assert parameters[1] == pytest.approx(parameters[0], rel=0.15)
+    shutil.copytree(toys / "ave", "toy/ave")
+    monkeypatch.setattr(train, "pretrain_nano", partial(train.pretrain_nano, steps=2))
+    main(f"ave --backbone={name} --epochs=2 {option}")
+    assert Path(f"toy/{name}.pt").exists()
+    first, second = losses("runs/ave")
+    assert second < first
+
+
 def test_videomae_embeds_tubelets_at_sine_positions():
     """A token is 2 frames of 16 x 16 pixels, plus sines and cosines of its number.
 
