@@ -430,7 +430,7 @@ def evaluate_avqa(settings, facts, model, loader):
 
     by_type = defaultdict(list)  # {type of question: is each one right?}
     guessed = []  # would the commonest answer be right?
-    for is_right, question in zip(right, data.source(loader).questions):
+    for is_right, question in zip(right, loader.dataset.questions):
         modality, kind = question["type"]
         by_type[f"{modality} {kind}"].append(is_right)
         by_type[f"{modality} average"].append(is_right)
@@ -570,7 +570,6 @@ def open_split(settings, split, facts=None):
 
 def load_in_new_orders(settings, dataset):
     """Batches for training, in another order in each epoch (see `batches`)."""
-    dataset = cached(settings, dataset)
     if settings.task == "avqa" and settings.modality == "av":
         dataset = data.NegativeFrames(dataset, settings.seed)
     sampler = DistributedSampler(dataset, processes(), rank(), seed=settings.seed)
@@ -579,14 +578,8 @@ def load_in_new_orders(settings, dataset):
 
 def load_in_order(settings, dataset):
     """Batches for scoring: of n processes each one has every n-th item."""
-    dataset = cached(settings, dataset)
     sampler = range(rank(), len(dataset), processes())
     return make_loader(settings, dataset, sampler)
-
-
-def cached(settings, dataset):
-    """The items of a toy are read once: at 32 pixels a side they fit the memory."""
-    return data.Cached(dataset) if data.is_toy(settings.data) else dataset
 
 
 def make_loader(settings, dataset, sampler):
@@ -604,7 +597,8 @@ def make_loader(settings, dataset, sampler):
 def batches(loader, epoch):
     """The training batches of an epoch: another order, and for AVQA other negatives, in each."""
     loader.sampler.set_epoch(epoch)
-    loader.dataset.epoch = epoch
+    if isinstance(loader.dataset, data.NegativeFrames):
+        loader.dataset.set_epoch(epoch)
     return progress(loader, "train")
 
 
@@ -920,7 +914,7 @@ def finish(settings, facts, model, log, test, scores):
     print_scores(scores)
     trained, total = lavish.count_parameters(model)
     print(f"{'trainable of all parameters':45} {trained:,} of {total:,}")
-    *clip, truth = data.source(test)[0]
+    *clip, truth = test.dataset[0]
     answers = {"found": find(settings, model, clip), "true": truth}
     draw(settings, facts, clip, answers, f"{settings.out}/test.png")
     result = {
