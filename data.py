@@ -21,17 +21,18 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import wave
-from collections import Counter
+from collections import Counter, defaultdict
 from os.path import basename, dirname, exists, isdir, splitext
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchaudio
-import torchvision
+from PIL import Image, ImageOps
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from torchvision.transforms import functional
@@ -56,22 +57,46 @@ def read_wav(path):
     channels are averaged, so that a sound on the right is heard too.
     """
     require(exists(path), f"no sound at {path}; data.py check reads every item")
-    convert = "convert it: ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav"
-    try:
-        with wave.open(path) as file:
-            channels, width, rate, count, *_ = file.getparams()
-            # A header may claim more samples than the file holds: read as far as the file goes.
-            content = file.readframes(min(count, os.path.getsize(path)))
-    except (wave.Error, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a 16-bit PCM wav ({error!r}); {convert}") from None
-    require(width == 2 and rate > 0, f"{path} has {8 * width} bit at {rate} Hz; {convert}")
+    with open(path, "rb") as file:
+        chunks = wav_chunks(file.read())
+    form = chunks.get(b"fmt ", b"").ljust(16, b"\0")
+    content = chunks.get(b"data", b"")
+    kind, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
+    if kind == 0xFFFE:  # the "extensible" header has the kind further on
+        kind = int.from_bytes(form[24:26], "little")
+    is_pcm = kind == 1 and bits == 16 and channels > 0 and 1000 <= rate <= 400000
+    require(
+        is_pcm and len(content) >= 2 * channels,
+        f"{path} is not a 16-bit PCM wav with sound in it: format {kind}, {bits} bit, {rate} Hz, "
+        f"{len(content)} bytes of samples; convert it: "
+        "ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav",
+    )
 
     whole = len(content) // (2 * channels) * channels  # a cut file may end within a sample
     samples = np.frombuffer(content, "<i2", whole).reshape(-1, channels)  # (samples, channels)
     sound = torch.from_numpy(samples.mean(1) / 32768).float()  # (N,)
-    if rate != SAMPLE_RATE and len(sound) > 0:
-        sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
+    # All usual rates are multiples of 25 Hz. From 44,099 Hz the exact ratio, 16000 / 44099, would
+    # need a filter of 12 GB; from 44,100 Hz it is 160 / 441.
+    rate = 25 * round(rate / 25)
+    sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
     return sound - sound.mean()
+
+
+def wav_chunks(content):
+    """The bytes of a wav file -> its parts by name: b"fmt " is the format, b"data" the samples.
+
+    The standard library's reader takes other headers in each version of Python. A header may claim
+    more samples than the file holds: they are read as far as the file goes.
+    """
+    chunks = {}
+    start = 12  # behind b"RIFF", a length and b"WAVE"
+    while start + 8 <= len(content):
+        name = content[start : start + 4]
+        length = int.from_bytes(content[start + 4 : start + 8], "little")
+        start += 8
+        chunks.setdefault(name, content[start : start + length])
+        start += length + length % 2  # the next one begins at an even place
+    return chunks
 
 
 def seconds_of(sound, count):
@@ -94,17 +119,38 @@ def spectrograms_of(seconds, size, stats):
 # ---------------------------------------------------------------- frames
 
 
-def read_image(path):
-    """A jpg or png of 8 bits per channel -> (3, height, width) uint8."""
+def open_image(path):
+    """A jpg or png of 8 bits per channel -> an image of Pillow's, turned as its EXIF says.
+
+    Its mode is RGB, or RGBA if it has an alpha channel.
+    """
     require(exists(path), f"no image at {path}; data.py check reads every item")
     try:
-        image = torchvision.io.decode_image(path, mode="RGB")
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a readable image ({reason}); make it again") from None
-    # A 16-bit png is decoded to other integers and would come out far too bright.
-    require(image.dtype == torch.uint8, f"{path} has not 8 bits per channel; convert it to 8")
-    return image
+        with open(path, "rb") as file:
+            start = file.read(25)
+        with Image.open(path, formats=["JPEG", "PNG"]) as image:
+            upright = ImageOps.exif_transpose(image)
+            has_alpha = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+            colours = upright.convert("RGBA" if has_alpha else "RGB")
+    except Exception as error:  # Pillow documents no list of what it raises here
+        raise InputError(f"{path} is not a readable image ({error}); make it again") from None
+    # Pillow would keep the upper half of 16 bits, or cut greys off at 255. Byte 24 of a png is its
+    # number of bits.
+    deep = start.startswith(b"\x89PNG") and start[24] == 16
+    require(not deep, f"{path} has not 8 bits per channel; convert it to 8")
+    return colours
+
+
+def read_image(path):
+    """A jpg or png of 8 bits per channel -> (3, height, width) uint8, as viewers show it.
+
+    What is transparent lets a white page through.
+    """
+    image = open_image(path)
+    if image.mode == "RGBA":
+        page = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(page, image).convert("RGB")
+    return functional.pil_to_tensor(image)
 
 
 def read_frame(path, size):
@@ -157,6 +203,24 @@ def frame_paths(folder):
     return [f"{folder}/{name}" for name in names]
 
 
+def by_second(paths, sound):
+    """The frame from the middle of each second: a list of the paths that are needed.
+
+    The length of the sound tells how many frames there are in a second. The release stretches the
+    frames over the seconds of the labels (AVE/dataloader.py:223), which shifts them if there are 9
+    or 11 for ten seconds. InputError where frames and sound do not fit each other.
+    """
+    seconds = len(sound) / SAMPLE_RATE
+    rate = max(1, round(len(paths) / seconds))  # frames a second
+    # ffmpeg rounds the frames of a clip to whole seconds, and the sound may be a second longer.
+    require(
+        abs(len(paths) / rate - seconds) < 1.5,
+        f"{dirname(paths[0])} has {len(paths)} frames, but its sound has {seconds:.1f} s: "
+        "which frame is of which second? Extract both from the video again",
+    )
+    return paths[rate // 2 :: rate]
+
+
 def read_lines(path):
     """The lines of a text file, stripped, without the empty ones. There must be at least one."""
     require(
@@ -203,11 +267,12 @@ def stats_path(root, size):
     return f"{root}/fbank{size}.json"
 
 
-def find_stats(root, task, size):
+def find_stats(root, task, size, classes=()):
     """The [mean, std] to use. One printed line if they are those of other data or another size.
 
-    AVE's released statistics hold for AVE at 192 pixels (AVE/dataloader.py:84-85). Elsewhere they
-    are a stand-in: spectrograms then have neither zero mean nor the same spread.
+    AVE's released statistics hold for AVE at 192 pixels (AVE/dataloader.py:84-85). Other data and
+    other sizes have other ones: their spectrograms then have neither zero mean nor the same spread.
+    AVE is known by its classes.
     """
     path = stats_path(root, size)
     if exists(path):
@@ -217,7 +282,7 @@ def find_stats(root, task, size):
         except (ValueError, TypeError):
             raise InputError(f"{path} is not [mean, std]; remove it, run data.py stats") from None
         return [mean, std]
-    if (task, size) != ("ave", 192):
+    if size != 192 or "; ".join(classes) != AVE_CLASSES:
         print(
             f"{root}: no statistics for spectrograms of size {size}, so AVE's of size 192 are used;"
             f" to measure its own: python data.py stats {task} {root} --size {size}"
@@ -226,10 +291,20 @@ def find_stats(root, task, size):
 
 
 # ---------------------------------------------------------------- AVE
-# Each Dataset below has the same methods. video(i) says which video item i is of; files(i) names
-# the files that it needs: frames, with AVSBench masks, and the sound; seconds(i) is the sound that
-# becomes spectrograms, (T, 16000). A list of a wrong form is an InputError of __init__, a damaged
-# frame or sound one of __getitem__.
+# Each Dataset below has the same methods. For item i, video(i) says which video it is of; about(i)
+# its class, and how many of its seconds are of that class; files(i) all files that it needs:
+# frames, with AVSBench masks, and the sound; moments(i) the frames that are read, and the sound
+# beside them, (T, 16000). A list of a wrong form is an InputError of __init__, a damaged frame or
+# sound one of __getitem__.
+
+# In the order of the real Annotations.txt.
+AVE_CLASSES = (
+    "Church bell; Male speech, man speaking; Bark; Fixed-wing aircraft, airplane; "
+    "Race car, auto racing; Female speech, woman speaking; Helicopter; Violin, fiddle; Flute; "
+    "Ukulele; Frying (food); Truck; Shofar; Motorcycle; Acoustic guitar; Train horn; Clock; Banjo; "
+    "Goat; Baby cry, infant cry; Bus; Chainsaw; Cat; Horse; Toilet flush; Rodents, rats, mice; "
+    "Accordion; Mandolin"
+)
 
 
 class AVEDataset(Dataset):
@@ -264,20 +339,24 @@ class AVEDataset(Dataset):
         self.clips = []  # (video, label, start, end)
         for number, line in enumerate(self.lines, 1):
             match = re.fullmatch(r"(.+)&(.+)&.*&(\d|10)&(\d|10)", line)  # times are 0 to 10
-            require(
-                match and match[1] in self.classes,
-                f"{path}, line {number}: {line!r} is not Category&VideoID&Quality&Start&End "
-                "with a category of Annotations.txt and times from 0 to 10",
+            fault = (
+                f"{path}, line {number}: {line!r} is not Category&VideoID&Quality&Start&End with a "
+                "category of Annotations.txt and 0 <= Start < End <= 10, or 0 and 0"
             )
+            require(match and match[1] in self.classes, fault)
             category, video, start, end = match.groups()
-            self.clips.append((video, self.classes.index(category), int(start), int(end)))
+            start = int(start)
+            end = int(end)
+            require(start < end or start == end == 0, fault)
+            self.clips.append((video, self.classes.index(category), start, end))
 
         self.extra = {}  # {line: features}
         if extra_audio:
             self.extra = read_features(extra_audio, rows)
             for line in self.lines:
                 require(line in self.extra, f"{line!r} of {split}Set.txt is not in Annotations.txt")
-        self.stats = stats or find_stats(root, "ave", size)
+        self.stats = stats or find_stats(root, "ave", size, self.classes)
+        self.kept = {}  # see read_clip
 
     def __len__(self):
         return len(self.clips)
@@ -289,23 +368,21 @@ class AVEDataset(Dataset):
     def files(self, i):
         return video_files(self.root, self.video(i))
 
-    def seconds(self, i):
-        """The ten seconds of sound. A sound that is too short ends in silence."""
-        wav = wav_path(self.root, self.video(i))
-        return seconds_of(read_wav(wav), 10)  # (10, 16000)
+    def about(self, i):
+        _, label, start, end = self.clips[i]
+        return self.classes[label], end - start
+
+    def moments(self, i):
+        """The first ten seconds. A shorter clip goes on with its last frame, and in silence."""
+        paths, wav = self.files(i)
+        sound = read_wav(wav)
+        frames = by_second(paths, sound)
+        frames += [frames[-1]] * 10
+        return frames[:10], seconds_of(sound, 10)  # (10, 16000)
 
     def __getitem__(self, i):
-        video, label, start, end = self.clips[i]
-
-        # The middle frame of each second; after the last frame, the last one again. The release
-        # stretches whatever frames there are over the ten seconds (AVE/dataloader.py:223), which
-        # shifts them against the labels if there are 9 or 11.
-        paths = frame_paths(video_folder(self.root, video))
-        rate = max(1, round(len(paths) / 10))  # frames a second
-        middles = [t * rate + rate // 2 for t in range(10)]
-        frames = read_frames([paths[min(k, len(paths) - 1)] for k in middles], self.size)
-
-        spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
+        _, label, start, end = self.clips[i]
+        frames, spectrograms = read_clip(self, i)
 
         # Second t holds the event if start <= t < end, otherwise background.
         labels = torch.full((10,), len(self.classes))
@@ -360,6 +437,7 @@ class AVSBenchDataset(Dataset):
         _, masks, _ = self.files(0)
         self.mask_size = read_image(masks[0]).shape[-1]
         self.stats = stats or find_stats(root, "avs", size)
+        self.kept = {}  # see read_clip
 
     def __len__(self):
         return len(self.clips)
@@ -376,36 +454,51 @@ class AVSBenchDataset(Dataset):
         masks = [f"{folder}/gt_masks/{clip}/{name}_{k}.png" for k in range(1, count + 1)]
         return frames, masks, f"{folder}/audio_wav/{clip}.wav"
 
-    def seconds(self, i):
-        """The five seconds of sound. Frame k is from the end of second k."""
-        _, _, wav = self.files(i)
-        return seconds_of(read_wav(wav), 5)  # (5, 16000)
+    def about(self, i):
+        _, category = self.clips[i]
+        return category, 5
+
+    def moments(self, i):
+        """The five frames and seconds. Frame k is from the end of second k."""
+        frames, _, wav = self.files(i)
+        return frames, seconds_of(read_wav(wav), 5)  # (5, 16000)
 
     def __getitem__(self, i):
-        frames, masks, _ = self.files(i)
-
         # The release resizes in the net, bicubic too (AVS/avs_scripts/avs_s4/model/
         # PVT_AVSModel.py:435). Masks keep their size.
-        frames = read_frames(frames, self.size)
-        spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
+        frames, spectrograms = read_clip(self, i)
+        _, masks, _ = self.files(i)
         masks = torch.stack([read_mask(path, self.mask_size) for path in masks])
         return frames, spectrograms, masks
 
 
 def read_mask(path, size):
-    """(size, size) of 0. and 1., from a file of {0, 1}, of {0, 255} or of greys (above half is 1).
+    """(size, size) of 0. and 1., from a file of black and one colour, or of greys from 0 to 255.
+
+    Black and one colour: {0, 1}, {0, 2}, {0, 255}, or a palette's. Greys: above half is 1. What may
+    have another meaning is refused: {0, 1, 2} counts sources in AVSBench's other subsets.
 
     The release converts to one bit (AVS/avs_scripts/avs_s4/dataloader.py:27,153), which turns a
     file of {0, 1} black and dithers greys.
     """
-    mask = read_image(path).amax(0)  # (height, width)
+    image = open_image(path)
+    opaque = image.mode == "RGB" or image.getextrema()[3] == (255, 255)  # of the alpha channel
+    require(opaque, f"{path} has transparent pixels; save it as black and white")
+    colours = functional.pil_to_tensor(image)[:3]  # (3, height, width)
+    mask = colours.amax(0)  # (height, width)
     height, width = mask.shape
     require(
         height == width == size,
         f"{path} is {width} x {height}, the first mask {size} x {size}; make all of one size",
     )
-    threshold = 0 if mask.max() == 1 else 127
-    return (mask > threshold).float()
+    inside = colours[:, mask > 0]  # (3, n)
+    if (inside == inside[:, :1]).all():  # one colour, or none
+        return (mask > 0).float()
+    is_grey = (inside == inside[0]).all()
+    values = mask.unique().tolist()
+    fault = f"{path} is neither black and one colour nor greys from 0 to 255; it has {values[:9]}"
+    require(is_grey and values[-1] > 127, fault)
+    return (mask > 127).float()
 
 
 # ---------------------------------------------------------------- MUSIC-AVQA
@@ -442,8 +535,7 @@ class MusicAVQADataset(Dataset):
             require(answer in vocabulary["answers"], fault)
             question["indices"] = encode(question["words"], vocabulary)
         self.stats = stats or find_stats(root, "avqa", size)
-        self.last = None  # the video that was read last
-        self.clip = None  # its frames and spectrograms
+        self.kept = {}  # see read_clip
 
     def __len__(self):
         return len(self.questions)
@@ -454,26 +546,25 @@ class MusicAVQADataset(Dataset):
     def files(self, i):
         return video_files(self.root, self.video(i))
 
-    def seconds(self, i):
-        """The seconds of sound that belong to the frames of the T moments.
+    def about(self, i):
+        return self.questions[i]["answer"], self.count
 
-        A video of n frames has n seconds, however long its sound is: 60.019 s of sound beside 60
-        frames must not move the moments of the sound against those of the frames.
+    def moments(self, i):
+        """Frames and sound of T seconds.
+
+        A video of n frames, one a second, has n seconds, however long its sound is: 60.019 s of
+        sound beside 60 frames must not move the moments of the sound against those of the frames.
         """
         paths, wav = self.files(i)
-        sound = seconds_of(read_wav(wav), len(paths))  # (n, 16000)
-        return sound[evenly(len(paths), self.count)]  # (T, 16000)
+        sound = read_wav(wav)
+        frames = by_second(paths, sound)  # n
+        seconds = seconds_of(sound, len(frames))  # (n, 16000)
+        at = evenly(len(frames), self.count)
+        return [frames[second] for second in at], seconds[at]  # (T, 16000)
 
     def __getitem__(self, i):
         question = self.questions[i]
-        if question["video"] != self.last:  # many questions in a row are about one video
-            # Frame and sound of a moment are of the same second: there is one frame a second.
-            paths, _ = self.files(i)
-            at = evenly(len(paths), self.count)
-            frames = read_frames([paths[second] for second in at], self.size)
-            self.clip = (frames, spectrograms_of(self.seconds(i), self.size, self.stats))
-            self.last = question["video"]
-        frames, spectrograms = self.clip
+        frames, spectrograms = read_clip(self, i)
         answer = self.vocabulary["answers"].index(question["answer"])
         return frames, spectrograms, question["indices"], torch.tensor(answer)
 
@@ -556,17 +647,19 @@ class NegativeFrames(Dataset):
     item: as MusicAVQADataset's, before the answer negatives (T, 3, S, S): frames of other videos
 
     As in the release (dataloader_avst.py:196-229), they are drawn anew in each epoch. They depend
-    on (seed, epoch, item) alone, so a resumed run draws the same. The training loop sets `epoch`
+    on (seed, epoch, item) alone, so a resumed run draws the same. The training loop gives the epoch
     before the loader's workers start; persistent workers would keep the epoch of their start.
     """
 
     def __init__(self, dataset, seed):
-        self.dataset = dataset  # MusicAVQADataset, or Cached around one
-        self.source = source(dataset)
+        self.dataset = dataset  # MusicAVQADataset
         self.seed = seed
         self.epoch = 0
-        self.videos = list(dict.fromkeys(q["video"] for q in self.source.questions))
-        require(len(self.videos) > 1, f"{self.source.root} needs two videos to draw negatives")
+        self.videos = list(dict.fromkeys(question["video"] for question in dataset.questions))
+        require(len(self.videos) > 1, f"{dataset.root} needs two videos to draw negatives")
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
     def __len__(self):
         return len(self.dataset)
@@ -577,14 +670,14 @@ class NegativeFrames(Dataset):
         # A generator of its own for each item: neither the order of the items nor the number of
         # workers changes what is drawn.
         rng = np.random.default_rng([self.seed, self.epoch, i])
-        others = [video for video in self.videos if video != self.source.questions[i]["video"]]
+        others = [video for video in self.videos if video != self.dataset.video(i)]
 
         drawn = []
         for _ in frames:  # for each moment, a video and one of its frames
             video = others[rng.integers(len(others))]
-            paths = frame_paths(video_folder(self.source.root, video))
+            paths = frame_paths(video_folder(self.dataset.root, video))
             drawn.append(paths[rng.integers(len(paths))])
-        negatives = read_frames(drawn, self.source.size)
+        negatives = read_frames(drawn, self.dataset.size)
         return frames, spectrograms, question, negatives, answer
 
 
@@ -628,6 +721,7 @@ class UCF101Dataset(Dataset):
                 self.clips.append((video, self.classes.index(folder)))
         require(self.clips, f"{path} lists no {split} clips (groups 24 and 25 are val)")
         self.stats = stats or find_stats(root, "ucf101", size)
+        self.kept = {}  # see read_clip
 
     def __len__(self):
         return len(self.clips)
@@ -641,22 +735,27 @@ class UCF101Dataset(Dataset):
         paths, wav = video_files(self.root, self.video(i))
         return paths, wav if exists(wav) else None
 
-    def seconds(self, i):
-        """Eight windows of a second, each centred between two of the 16 frames."""
-        wav = wav_path(self.root, self.video(i))
-        sound = read_wav(wav) if exists(wav) else torch.zeros(0)
+    def about(self, i):
+        _, label = self.clips[i]
+        return self.classes[label], 8
+
+    def moments(self, i):
+        """16 frames as VideoMAE takes them, evenly over the clip, however long it is.
+
+        The sound: eight windows of a second, each centred between two of the 16 frames."""
+        paths, wav = self.files(i)
+        frames = [paths[(2 * k + 1) * len(paths) // 32] for k in range(16)]
+
+        sound = torch.zeros(0) if wav is None else read_wav(wav)
         padded = pad(sound, (SAMPLE_RATE // 2, SAMPLE_RATE // 2))
         # A window that begins at sample c of the padded sound is centred at sample c of the sound.
         centres = [(2 * k + 1) * len(sound) // 16 for k in range(8)]
-        return torch.stack([padded[c : c + SAMPLE_RATE] for c in centres])  # (8, 16000)
+        seconds = torch.stack([padded[c : c + SAMPLE_RATE] for c in centres])  # (8, 16000)
+        return frames, seconds
 
     def __getitem__(self, i):
-        video, label = self.clips[i]
-        # 16 frames as VideoMAE takes them, evenly over the clip, however long it is.
-        paths = frame_paths(video_folder(self.root, video))
-        centres = [(2 * k + 1) * len(paths) // 32 for k in range(16)]
-        frames = read_frames([paths[c] for c in centres], self.size)
-        spectrograms = spectrograms_of(self.seconds(i), self.size, self.stats)
+        _, label = self.clips[i]
+        frames, spectrograms = read_clip(self, i)
         return frames, spectrograms, torch.tensor(label)
 
 
@@ -664,19 +763,21 @@ class UCF101Dataset(Dataset):
 # What follows works with any of the four.
 
 
-def source(dataset):
-    """The data set itself, under what was put around it: Cached, NegativeFrames, a loader."""
-    while hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    return dataset
+def read_clip(dataset, i):
+    """The frames (T, 3, S, S) and the spectrograms (T, S, S) of item i.
 
-
-class Cached(list):
-    """All items of a dataset, read once and kept in memory by the process that reads them."""
-
-    def __init__(self, dataset):
-        super().__init__(dataset[i] for i in progress(range(len(dataset)), "read"))
-        self.dataset = dataset
+    They are kept: those of a whole toy, which fits the memory, else those of the last video, since
+    many questions of MUSIC-AVQA in a row are about one video.
+    """
+    video = dataset.video(i)
+    if video not in dataset.kept:
+        paths, seconds = dataset.moments(i)
+        frames = read_frames(paths, dataset.size)
+        spectrograms = spectrograms_of(seconds, dataset.size, dataset.stats)
+        if not is_toy(dataset.root):
+            dataset.kept.clear()
+        dataset.kept[video] = (frames, spectrograms)
+    return dataset.kept[video]
 
 
 DATASETS = {
@@ -704,6 +805,8 @@ def extract_video(path, out):
     The ID is the file's name without its ending. There is a frame from the middle of each second.
     The wav is moved into place last: where it is, everything is, and nothing is done again.
     """
+    shown = path.encode(errors="replace").decode()
+    require(path == shown, f"{shown}: its name is not UTF-8, but lists of IDs are; rename it")
     video = splitext(basename(path))[0]
     frames = video_folder(out, video)
     wav = wav_path(out, video)
@@ -734,11 +837,47 @@ def run_ffmpeg(path, folder):
     sound = "-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar 16000 -c:a pcm_s16le sound.wav"
     command = reading + pictures.split() + sound.split()
     done = subprocess.run(command, cwd=unfinished, capture_output=True, text=True, errors="replace")
-    if done.returncode != 0 or not exists(f"{unfinished}/0001.jpg"):
-        shutil.rmtree(unfinished)
-        reason = " ".join(done.stderr.split())
-        raise InputError(f"{path} wants pictures and sound that ffmpeg can read: {reason}")
-    os.replace(unfinished, folder)
+    said = " ".join(done.stderr.split())[:500]  # a damaged video can fill pages
+    try:
+        require("'0:a:0' matches no streams" not in said, f"{path} has no sound")
+        fault = f"{path} wants pictures and sound that ffmpeg can read: {said}"
+        require(done.returncode == 0, fault)
+        compare_lengths(path, unfinished, said)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # if there was a fault
+    if said:
+        print(f"{path} is extracted, but ffmpeg says: {said}")
+
+
+def compare_lengths(path, folder, said):
+    """InputError unless frames and sound are as long as the video says, up to a second.
+
+    ffmpeg takes a video that is cut or damaged for a shorter one."""
+    frames = len(os.listdir(folder)) - 1  # all files but sound.wav
+    sound = len(read_wav(f"{folder}/sound.wav")) / SAMPLE_RATE
+    require(frames > 0, f"{path} is too short for one frame a second: it lasts {sound:.1f} s")
+    seconds = promised_length(path) or sound
+    require(
+        abs(sound - seconds) <= 1 and abs(frames - seconds) <= 1.5,  # frames are rounded
+        f"{path} has {frames} frames, one a second, {sound:.1f} s of sound and, by its header, "
+        f"{seconds:.1f} s: is it cut or damaged? Mend it or leave it out. {said}",
+    )
+
+
+def promised_length(path):
+    """How many seconds a video lasts by its own header; 0 if that does not say."""
+    entries = "format=format_name,duration:stream=nb_frames,avg_frame_rate"
+    command = f"ffprobe -v error -select_streams v:0 -of json -show_entries {entries}".split()
+    done = subprocess.run([*command, os.path.abspath(path)], capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    seconds = float(found["format"].get("duration", 0))
+    video = found["streams"][0]
+    if found["format"]["format_name"] == "avi" and "nb_frames" in video:
+        # ffprobe shortens the duration of an avi that was cut, but not the count of its frames.
+        frames, during = video["avg_frame_rate"].split("/")
+        seconds = max(seconds, int(video["nb_frames"]) * int(during) / int(frames))
+    return seconds
 
 
 def extract(videos, root):
@@ -765,27 +904,68 @@ def extract(videos, root):
 
 def check(task, root, size):
     """Read every item of the three splits, print what is wrong. Returns the exit code."""
-    stats = find_stats(root, task, size)
+    datasets = {}  # by the name of the split
     faults = []
+    stats = None
     for split in ("train", "val", "test"):
         try:
             dataset = DATASETS[task](root, split, size, stats)
         except InputError as error:
             faults.append(f"{split}: {error}")
             continue
+        stats = dataset.stats  # if they are not its own, one line about it is enough
+        datasets[split] = dataset
         for i in progress(distinct_items(dataset), f"check {split}"):
             try:
-                dataset.__getitem__(i)
+                check_item(dataset, i)
             except InputError as error:
                 faults.append(f"{split}: {error}")
         print(f"{split}: {len(dataset)} items")
+    print_classes(datasets)
     for fault in faults:
         print(fault)
     if faults:
-        print(f"Training would fail: mend these {len(faults)}.")
+        print(f"Mend these {len(faults)} before training.")
         return 1
     print(f"All items can be read. Next: python train.py {task} --data {root}")
     return 0
+
+
+def check_item(dataset, i):
+    """InputError, with the paths, if an item cannot be read or if its frames have a gap."""
+    frames, *_, wav = dataset.files(i)
+    before = None
+    for path in frames:
+        number = int(re.search(r"(\d+)\.\w+$", path)[1])  # of 0001.jpg, or of NAME_1.png
+        follows = number < 2 if before is None else number == before + 1
+        require(follows, f"{path} is there, but the frame before it is missing; extract all again")
+        before = number
+    try:
+        dataset.__getitem__(i)
+    except InputError:
+        raise
+    except Exception as error:  # whatever it is: the other items are still to be read
+        raise InputError(f"{dirname(frames[0])} or {wav}: {error!r}") from None
+
+
+def print_classes(datasets):
+    """The clips and seconds of each class in each split, and which splits share videos."""
+    clips = Counter()
+    seconds = Counter()
+    videos = defaultdict(set)
+    for split, dataset in datasets.items():
+        for i in range(len(dataset)):
+            name, length = dataset.about(i)
+            clips[name, split] += 1
+            seconds[name, split] += length
+            videos[split].add(dataset.video(i))
+    for name in dict.fromkeys(name for name, _ in clips):
+        row = [f"{split} {clips[name, split]} ({seconds[name, split]} s)" for split in datasets]
+        print(f"{name}: {', '.join(row)}")
+    for one, other in itertools.combinations(datasets, 2):
+        shared = videos[one] & videos[other]
+        if shared:
+            print(f"{one} and {other} share {len(shared)} videos, {min(shared)} for example")
 
 
 def measure_stats(task, root, size):
@@ -799,7 +979,7 @@ def measure_stats(task, root, size):
     dataset = DATASETS[task](root, "train", size, raw)
     measured = []  # (mean, std) of each second
     for i in progress(distinct_items(dataset), "stats"):
-        seconds = dataset.seconds(i)  # (T, 16000)
+        _, seconds = dataset.moments(i)  # (T, 16000)
         if not seconds.any():
             continue
         for spectrogram in spectrograms_of(seconds, size, raw):
@@ -856,8 +1036,34 @@ def load_tensors(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch documents no list of what it raises here
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a checkpoint of tensors ({reason})") from None
+        fault = f"{path} is not a checkpoint of tensors: {what_is(path, str(error))}"
+        raise InputError(fault) from None
+
+
+BEGINNINGS = {  # of files that are no tensors
+    b"version https://git-lfs": "a pointer of Git LFS is in its place; get the file: git lfs pull",
+    b"<": "it is a web page; delete it and start again, or download the file itself",
+    b"PK": "it is cut or damaged; delete it and start again",
+    b"\x80": "it is cut or damaged; delete it and start again",
+    b"": "no file of torch.save begins like this",
+}
+
+
+def what_is(path, error):
+    """What a file is that torch.load cannot read, by torch's error or by its first bytes."""
+    blocked = re.search(r"GLOBAL (\S+)", error)
+    if blocked:
+        return (
+            f"it holds a {blocked[1]}, and objects may run code; if you trust it, torch.load it "
+            "with weights_only=False and save its tensors alone"
+        )
+    with open(path, "rb") as file:
+        content = file.read(100)
+    if content[8:9] == b"{":
+        return "it is a safetensors file; load it with safetensors.torch, then torch.save it"
+    content = content.strip()
+    matches = [what for start, what in BEGINNINGS.items() if content.startswith(start)]
+    return f"{matches[0]} (it has {os.path.getsize(path)} bytes and begins with {content[:9]})"
 
 
 # ---------------------------------------------------------------- the toys: looks and timbres
@@ -992,11 +1198,7 @@ def make_toy(task, root, seed=0):
 def write_image(path, image):
     """(C, height, width) uint8 as jpg or png. OSError on a full disk."""
     os.makedirs(dirname(path), exist_ok=True)
-    if path.endswith(".jpg"):
-        content = torchvision.io.encode_jpeg(image, 95)
-    else:
-        content = torchvision.io.encode_png(image)
-    content.numpy().tofile(path)
+    functional.to_pil_image(image).save(path, quality=95)  # a png has no quality
 
 
 def write_wav(path, sound):
