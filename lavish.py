@@ -986,7 +986,7 @@ BACKBONES = {  # name: (class, its settings, image size and address of the publi
     "vit_small": (ViT, (12, 6, 384), 224, None),
     "vit_base": (ViT, (12, 12, 768), 224, f"{TORCH}/vit_b_16-c867db91.pth"),
     "vit_large": (ViT, (24, 16, 1024), 224, f"{TORCH}/vit_l_16-852ce7e3.pth"),
-    "vit_nano": (partial(ViT, patch=4), (4, 4, 80), 32, None),  # of about as many parameters
+    "vit_nano": (partial(ViT, patch=8), (4, 4, 80), 32, None),  # of about as many parameters
     "resnet152": (ResNet, ((3, 8, 36, 3), 64), 224, f"{TORCH}/resnet152-394f9c45.pth"),
     "resnet_nano": (ResNet, ((2, 2, 2), 20), 32, None),
     "videomae": (VideoMAE, (12, 12, 768), 224, None),
