@@ -796,7 +796,7 @@ def join_processes(device):
     """Once, before data are made or read; without torchrun there is nothing to join."""
     if "RANK" not in os.environ:
         return
-    on_gpu = device != "cpu"
+    on_gpu = device == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo")  # between GPUs; between CPUs
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one GPU for each
@@ -1538,6 +1538,9 @@ def main(arguments=None):
     """Run one command. Exit codes: 0, 2 for what the user can mend (in one line on stderr), 130
     after Ctrl-C."""
     command, paths, given = parse(arguments)
+    # TF32 in a GPU's matrix products, as the release had it: the default of its torch 1.7
+    # (AVE/requirements.txt:21). A CPU computes as before.
+    torch.set_float32_matmul_precision("high")
     try:
         if command in LOOPS:
             require(not paths, f"{command} takes no {paths}; options begin with --")
