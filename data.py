@@ -182,12 +182,12 @@ def by_second(paths, sound):
     """The frame from the middle of each second: a list of the paths that are needed.
 
     The length of the sound tells how many frames there are in a second. The release stretches the
-    frames over the seconds of the labels (AVE/dataloader.py:223), which shifts them if there are 9
-    or 11 for ten seconds. InputError where frames and sound do not fit each other.
+    frames over the ten seconds of the labels (AVE/dataloader.py:223), which shifts them if there
+    are 9 or 11. InputError if the frames do not fit the sound.
     """
     seconds = len(sound) / SAMPLE_RATE
     rate = max(1, round(len(paths) / seconds))  # frames a second
-    # ffmpeg rounds the frames of a clip to whole seconds, and the sound may be a second longer.
+    # Up to a second of difference is usual, and ffmpeg rounds a clip to a whole number of frames.
     require(
         abs(len(paths) / rate - seconds) < 1.5,
         f"{dirname(paths[0])} has {len(paths)} frames, but its sound has {seconds:.1f} s: "
@@ -715,9 +715,10 @@ class UCF101Dataset(Dataset):
         return self.classes[label], 8
 
     def moments(self, i):
-        """16 frames as VideoMAE takes them, evenly over the clip, however long it is.
+        """16 frames, evenly over the clip as VideoMAE takes them, and eight seconds of sound.
 
-        The sound: eight windows of a second, each centred between two of the 16 frames."""
+        Each second is centred between two of the frames.
+        """
         paths, wav = self.files(i)
         frames = [paths[(2 * k + 1) * len(paths) // 32] for k in range(16)]
 
@@ -828,7 +829,8 @@ def run_ffmpeg(path, folder):
 def compare_lengths(path, folder, said):
     """InputError unless frames and sound are as long as the video says, up to a second.
 
-    ffmpeg takes a video that is cut or damaged for a shorter one."""
+    ffmpeg takes a video that is cut or damaged for a shorter one.
+    """
     frames = len(os.listdir(folder)) - 1  # all files but sound.wav
     sound = len(read_wav(f"{folder}/sound.wav")) / SAMPLE_RATE
     require(frames > 0, f"{path} is too short for one frame a second: it lasts {sound:.1f} s")
@@ -844,7 +846,7 @@ def promised_length(path):
     """How many seconds a video lasts by its own header; 0 if that does not say."""
     entries = "format=format_name,duration:stream=nb_frames,avg_frame_rate"
     command = f"ffprobe -v error -select_streams v:0 -of json -show_entries {entries}".split()
-    done = subprocess.run([*command, os.path.abspath(path)], capture_output=True, text=True)
+    done = subprocess.run([*command, os.path.abspath(path)], capture_output=True)
     found = json.loads(done.stdout)
     seconds = float(found["format"].get("duration", 0))
     video = found["streams"][0]
@@ -888,7 +890,7 @@ def check(task, root, size):
         except InputError as error:
             faults.append(f"{split}: {error}")
             continue
-        stats = dataset.stats  # if they are not its own, one line about it is enough
+        stats = dataset.stats  # the other splits do not print the line about them again
         datasets[split] = dataset
         for i in progress(distinct_items(dataset), f"check {split}"):
             try:

@@ -1382,6 +1382,33 @@ def test_items_of_ucf101(roots):
     assert label == 1
 
 
+# ---------------------------------------------------------------- all data sets
+
+
+def test_a_video_is_read_once_for_questions_in_a_row_and_a_toy_once_for_all(roots, monkeypatch):
+    """Of a toy every video is kept, of other data the last one.
+
+    A question on a video of a minute would read it again, and a toy would be read in each epoch.
+    """
+    read = []
+    read_frames = data.read_frames
+
+    def spy(paths, size):
+        read.append(Path(paths[0]).parent.name)
+        return read_frames(paths, size)
+
+    monkeypatch.setattr(data, "read_frames", spy)
+    items = dataset("avqa")  # one question about "-0 1", two about "sa2"
+    wanted = [items[i] for i in (0, 1, 2, 0)]
+    assert read == ["-0 1", "sa2", "-0 1"]
+    Path("avqa/toy.json").write_text("{}")
+    toy = dataset("avqa")
+    read.clear()
+    for i, item in zip((0, 1, 2, 0), wanted):
+        assert_same([*toy[i]], [*item])
+    assert read == ["-0 1", "sa2"]
+
+
 # ---------------------------------------------------------------- what is wrong with data
 
 
@@ -2091,13 +2118,15 @@ def test_scores_of_masks_by_hand():
 
 
 class Batches(list):
-    """Batches, and the questions that they were made of."""
+    """Batches, and the data set that they were made of, as a loader has it."""
 
-    questions = [
-        {"type": ("Audio", "Counting"), "words": ["how", "many"], "answer": "two"},
-        {"type": ("Visual", "Location"), "words": ["which"], "answer": "left"},
-        {"type": ("Visual", "Counting"), "words": ["new"], "answer": "one"},
-    ]
+    dataset = Mock(
+        questions=[
+            {"type": ("Audio", "Counting"), "words": ["how", "many"], "answer": "two"},
+            {"type": ("Visual", "Location"), "words": ["which"], "answer": "left"},
+            {"type": ("Visual", "Counting"), "words": ["new"], "answer": "one"},
+        ]
+    )
 
 
 def test_scores_of_answers_by_hand():
