@@ -21,7 +21,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import wave
@@ -57,19 +56,18 @@ def read_wav(path):
     channels are averaged, so that a sound on the right is heard too.
     """
     require(exists(path), f"no sound at {path}; data.py check reads every item")
-    with open(path, "rb") as file:
-        chunks = wav_chunks(file.read())
-    form = chunks.get(b"fmt ", b"").ljust(16, b"\0")
-    content = chunks.get(b"data", b"")
-    kind, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
-    if kind == 0xFFFE:  # the "extensible" header has the kind further on
-        kind = int.from_bytes(form[24:26], "little")
-    is_pcm = kind == 1 and bits == 16 and channels > 0 and 1000 <= rate <= 400000
+    convert = "convert it: ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav"
+    try:
+        with wave.open(path) as file:
+            channels, width, rate, count, *_ = file.getparams()
+            # A header may claim more samples than the file holds: read as far as the file goes.
+            content = file.readframes(min(count, os.path.getsize(path)))
+    except (wave.Error, EOFError, OSError) as error:
+        # From Python 3.12 on, wave reads the "extensible" header too.
+        raise InputError(f"{path} is no wav that Python can read ({error!r}); {convert}") from None
     require(
-        is_pcm and len(content) >= 2 * channels,
-        f"{path} is not a 16-bit PCM wav with sound in it: format {kind}, {bits} bit, {rate} Hz, "
-        f"{len(content)} bytes of samples; convert it: "
-        "ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav",
+        width == 2 and 1000 <= rate <= 400000 and len(content) >= 2 * channels,
+        f"{path} has {8 * width} bit at {rate} Hz, {len(content)} bytes of samples; {convert}",
     )
 
     whole = len(content) // (2 * channels) * channels  # a cut file may end within a sample
@@ -80,23 +78,6 @@ def read_wav(path):
     rate = 25 * round(rate / 25)
     sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
     return sound - sound.mean()
-
-
-def wav_chunks(content):
-    """The bytes of a wav file -> its parts by name: b"fmt " is the format, b"data" the samples.
-
-    The standard library's reader takes other headers in each version of Python. A header may claim
-    more samples than the file holds: they are read as far as the file goes.
-    """
-    chunks = {}
-    start = 12  # behind b"RIFF", a length and b"WAVE"
-    while start + 8 <= len(content):
-        name = content[start : start + 4]
-        length = int.from_bytes(content[start + 4 : start + 8], "little")
-        start += 8
-        chunks.setdefault(name, content[start : start + length])
-        start += length + length % 2  # the next one begins at an even place
-    return chunks
 
 
 def seconds_of(sound, count):
@@ -120,25 +101,20 @@ def spectrograms_of(seconds, size, stats):
 
 
 def open_image(path):
-    """A jpg or png of 8 bits per channel -> an image of Pillow's, turned as its EXIF says.
-
-    Its mode is RGB, or RGBA if it has an alpha channel.
-    """
+    """A jpg or png of 8 bits per channel -> an RGBA image of Pillow's, turned as its EXIF says."""
     require(exists(path), f"no image at {path}; data.py check reads every item")
     try:
         with open(path, "rb") as file:
             start = file.read(25)
         with Image.open(path, formats=["JPEG", "PNG"]) as image:
-            upright = ImageOps.exif_transpose(image)
-            has_alpha = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
-            colours = upright.convert("RGBA" if has_alpha else "RGB")
+            image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:  # Pillow documents no list of what it raises here
         raise InputError(f"{path} is not a readable image ({error}); make it again") from None
-    # Pillow would keep the upper half of 16 bits, or cut greys off at 255. Byte 24 of a png is its
+    # Of 16 bits Pillow would keep the upper half, or cut greys off at 255. Byte 24 of a png is its
     # number of bits.
     deep = start.startswith(b"\x89PNG") and start[24] == 16
     require(not deep, f"{path} has not 8 bits per channel; convert it to 8")
-    return colours
+    return image
 
 
 def read_image(path):
@@ -147,10 +123,9 @@ def read_image(path):
     What is transparent lets a white page through.
     """
     image = open_image(path)
-    if image.mode == "RGBA":
-        page = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(page, image).convert("RGB")
-    return functional.pil_to_tensor(image)
+    page = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(page, image)
+    return functional.pil_to_tensor(image.convert("RGB"))
 
 
 def read_frame(path, size):
@@ -207,12 +182,12 @@ def by_second(paths, sound):
     """The frame from the middle of each second: a list of the paths that are needed.
 
     The length of the sound tells how many frames there are in a second. The release stretches the
-    frames over the seconds of the labels (AVE/dataloader.py:223), which shifts them if there are 9
-    or 11 for ten seconds. InputError where frames and sound do not fit each other.
+    frames over the ten seconds of the labels (AVE/dataloader.py:223), which shifts them if there
+    are 9 or 11. InputError if the frames do not fit the sound.
     """
     seconds = len(sound) / SAMPLE_RATE
     rate = max(1, round(len(paths) / seconds))  # frames a second
-    # ffmpeg rounds the frames of a clip to whole seconds, and the sound may be a second longer.
+    # Up to a second of difference is usual, and ffmpeg rounds a clip to a whole number of frames.
     require(
         abs(len(paths) / rate - seconds) < 1.5,
         f"{dirname(paths[0])} has {len(paths)} frames, but its sound has {seconds:.1f} s: "
@@ -482,9 +457,9 @@ def read_mask(path, size):
     file of {0, 1} black and dithers greys.
     """
     image = open_image(path)
-    opaque = image.mode == "RGB" or image.getextrema()[3] == (255, 255)  # of the alpha channel
-    require(opaque, f"{path} has transparent pixels; save it as black and white")
-    colours = functional.pil_to_tensor(image)[:3]  # (3, height, width)
+    *colours, alpha = functional.pil_to_tensor(image)
+    require(alpha.min() == 255, f"{path} has transparent pixels; save it as black and white")
+    colours = torch.stack(colours)  # (3, height, width)
     mask = colours.amax(0)  # (height, width)
     height, width = mask.shape
     require(
@@ -740,9 +715,10 @@ class UCF101Dataset(Dataset):
         return self.classes[label], 8
 
     def moments(self, i):
-        """16 frames as VideoMAE takes them, evenly over the clip, however long it is.
+        """16 frames, evenly over the clip as VideoMAE takes them, and eight seconds of sound.
 
-        The sound: eight windows of a second, each centred between two of the 16 frames."""
+        Each second is centred between two of the frames.
+        """
         paths, wav = self.files(i)
         frames = [paths[(2 * k + 1) * len(paths) // 32] for k in range(16)]
 
@@ -853,7 +829,8 @@ def run_ffmpeg(path, folder):
 def compare_lengths(path, folder, said):
     """InputError unless frames and sound are as long as the video says, up to a second.
 
-    ffmpeg takes a video that is cut or damaged for a shorter one."""
+    ffmpeg takes a video that is cut or damaged for a shorter one.
+    """
     frames = len(os.listdir(folder)) - 1  # all files but sound.wav
     sound = len(read_wav(f"{folder}/sound.wav")) / SAMPLE_RATE
     require(frames > 0, f"{path} is too short for one frame a second: it lasts {sound:.1f} s")
@@ -869,7 +846,7 @@ def promised_length(path):
     """How many seconds a video lasts by its own header; 0 if that does not say."""
     entries = "format=format_name,duration:stream=nb_frames,avg_frame_rate"
     command = f"ffprobe -v error -select_streams v:0 -of json -show_entries {entries}".split()
-    done = subprocess.run([*command, os.path.abspath(path)], capture_output=True, text=True)
+    done = subprocess.run([*command, os.path.abspath(path)], capture_output=True)
     found = json.loads(done.stdout)
     seconds = float(found["format"].get("duration", 0))
     video = found["streams"][0]
@@ -913,7 +890,7 @@ def check(task, root, size):
         except InputError as error:
             faults.append(f"{split}: {error}")
             continue
-        stats = dataset.stats  # if they are not its own, one line about it is enough
+        stats = dataset.stats  # the other splits do not print the line about them again
         datasets[split] = dataset
         for i in progress(distinct_items(dataset), f"check {split}"):
             try:
@@ -1040,12 +1017,11 @@ def load_tensors(path):
         raise InputError(fault) from None
 
 
-BEGINNINGS = {  # of files that are no tensors
+BEGINNINGS = {  # of files that torch.load cannot read
     b"version https://git-lfs": "a pointer of Git LFS is in its place; get the file: git lfs pull",
     b"<": "it is a web page; delete it and start again, or download the file itself",
     b"PK": "it is cut or damaged; delete it and start again",
     b"\x80": "it is cut or damaged; delete it and start again",
-    b"": "no file of torch.save begins like this",
 }
 
 
@@ -1058,12 +1034,13 @@ def what_is(path, error):
             "with weights_only=False and save its tensors alone"
         )
     with open(path, "rb") as file:
-        content = file.read(100)
-    if content[8:9] == b"{":
+        start = file.read(100)
+    if start[8:9] == b"{":
         return "it is a safetensors file; load it with safetensors.torch, then torch.save it"
-    content = content.strip()
-    matches = [what for start, what in BEGINNINGS.items() if content.startswith(start)]
-    return f"{matches[0]} (it has {os.path.getsize(path)} bytes and begins with {content[:9]})"
+    for beginning, what in BEGINNINGS.items():
+        if start.strip().startswith(beginning):
+            return what
+    return f"it begins with {start[:9]}, as no file of torch.save does"
 
 
 # ---------------------------------------------------------------- the toys: looks and timbres
