@@ -2441,7 +2441,6 @@ def test_scores_of_answers_by_hand():
     """
     facts = {"guesses": {"how many": "two", "which": "right"}}
     batches = Batches([(IMAGES, IMAGES, IMAGES, torch.tensor([0, 2, 2]))])
-    batches.dataset = batches  # as a loader has it
     scores = recite("avqa", facts, batches, (torch.eye(3), None))
     assert " ".join(f"{name} {score:.2f}," for name, score in scores.items()) == (
         "accuracy 0.67, from the words of the question alone 0.33, "
