@@ -160,7 +160,8 @@ class Lavish(nn.Module):
         if compile_blocks:
             # One function for all blocks, whose weights are its inputs. It is compiled anew for
             # each stage, in training and in evaluation; torch gives up after eight times.
-            torch._dynamo.config.recompile_limit = 64
+            # The setting has this name in torch 2.6, and still in later versions.
+            torch._dynamo.config.cache_size_limit = 64
             self.block = torch.compile(lavish_block)
 
     def train(self, mode=True):
