@@ -2832,13 +2832,13 @@ def test_a_run_is_not_scored_on_data_of_other_classes(toys, capsys):
 @parametrize(
     "more, group",
     [
-        ({"seed": 1, "workers": 2, "device": "cuda"}, ["0.600", "0.141", "2"]),
-        ({"lr": 0.5}, ["0.500", "nan", "1"]),
-        ({"code": 2}, ["0.500", "nan", "1"]),
+        ({"seed": 1, "workers": 2, "device": "cuda"}, ["0.6000", "0.1414", "2", "1.0000"]),
+        ({"lr": 0.5}, ["0.5000", "-", "1", "1.0000"]),
+        ({"code": 2}, ["0.5000", "-", "1", "1.0000"]),
     ],
 )
 def test_report_groups_runs_that_differ_in_seed_paths_and_device_alone(capsys, more, group):
-    """Mean, spread and number of the first group; another setting makes another group.
+    """Mean, spread, number and GFLOP of the first group; another setting makes another group.
 
     Runs with other settings are no repetitions, and their spread is none of seeds.
     """
@@ -2849,7 +2849,7 @@ def test_report_groups_runs_that_differ_in_seed_paths_and_device_alone(capsys, m
         os.mkdir(out)
         Path(out, "result.json").write_text(json.dumps(run))
     main("report a b")
-    assert capsys.readouterr().out.splitlines()[1].split()[:3] == group
+    assert capsys.readouterr().out.splitlines()[1].split()[1:5] == group
 
 
 def test_the_checksum_of_the_code_changes_with_any_of_its_files(tmp_path, monkeypatch):

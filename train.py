@@ -1324,7 +1324,7 @@ def report(folders):
     """Print mean and spread of runs of the same code that differ in seed, out, workers, device and
     the data's place alone: a line for each group, with the number of runs, GFLOP of a clip and mean
     seconds."""
-    groups = defaultdict(list)  # {what must be equal: (test, seconds, gflop, folder) of each run}
+    groups = defaultdict(list)  # {what must be equal: what is printed of each run}
     for folder in folders:
         path = f"{folder}/result.json"
         result = data.read_json(path)
@@ -1333,16 +1333,16 @@ def report(folders):
             settings.data = basename(normpath(settings.data))
             same = replace(settings, out="", seed=0, workers=0, device="", resume=False)
             code = result.get("code")  # runs of before have none
-            row = (result["test"], result["seconds"], result["gflop"], folder)
+            row = (settings.task, result["test"], result["seconds"], result["gflop"], folder)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
         groups[f"{same} {code}"].append(row)
-    print("  test  +- std  n   GFLOP  seconds  the first of them")
+    print("task      test  +- std   n      GFLOP  seconds  the first of them")
     for rows in groups.values():
-        tests, seconds, gflop, folders = zip(*rows)
-        spread = np.std(tests, ddof=1) if len(tests) > 1 else np.nan
+        task, tests, seconds, gflop, folders = zip(*rows)
+        spread = f"{np.std(tests, ddof=1):.4f}" if len(tests) > 1 else "-"
         print(
-            f"{np.mean(tests):6.3f} {spread:7.3f} {len(tests):2} {gflop[0]:7.2f} "
+            f"{task[0]:7} {np.mean(tests):.4f} {spread:>7} {len(tests):3} {gflop[0]:10.4f} "
             f"{np.mean(seconds):8.0f}  {folders[0]}"
         )
 
