@@ -9,9 +9,17 @@
     python train.py report runs/*                    mean and spread of runs
     python train.py bench ave --latents 2            cost, on random data
 
-The tasks are ave, avs, avqa, ucf101. --help lists the settings; those that are
+The tasks are ave, avs, avqa, ucf101. --help lists the settings. Those that are
 not given come from the task's recipe: the toy's for toy data, the paper's for
-any other.
+any other. What each command makes use of:
+
+    TASK        all of them but those of one command alone
+    eval        --split --data --weights --device --precision --batch-size
+                --workers; all others are the run's own
+    predict     --question --out --weights --device --precision
+    look        as predict; without a video also --data
+    report      none
+    bench       those of machine, net and training; --repeat
 
 A run leaves in --out
     adapters.pt   what was trained, of the epoch that is best on val
