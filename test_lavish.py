@@ -961,16 +961,23 @@ def test_weights_of_another_window_are_refused():
 # ---------------------------------------------------------------- freezing, saving, loading, the table
 
 
-def test_adapters_and_head_alone_get_gradients():
-    """And the backbone stays in evaluation mode when the model trains.
+@parametrize("modality", ["av", "v"])
+def test_adapters_and_head_alone_get_gradients(modality):
+    """And the backbone stays in evaluation mode when the model trains, all the rest does not.
 
     That is what "frozen" means, and what makes the method parameter-efficient.
     """
     model, inputs = tiny_model("ave")
+    if modality == "v":
+        model.net = OneStream(tiny_swin(), "v", reduction=4)
+    model.eval()
+    assert not any(module.training for module in model.modules())
+    model.train()
     model(*inputs).sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == ("backbone" in name), name
-    assert not any(module.training for module in model.net.backbone.modules())
+    for name, module in model.named_modules():
+        assert module.training == ("backbone" not in name), name
 
 
 def test_trained_state_goes_round():
