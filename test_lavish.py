@@ -639,12 +639,14 @@ def assert_starts_right(name, parameter):
             assert start.abs().max() > 0, name
 
 
-def test_the_first_mask_alone_is_the_first_of_all():
+@parametrize("tpavi", [False, True])
+def test_the_first_mask_alone_is_the_first_of_all(tpavi):
     """The loss of S4 looks at no other.
 
-    So the other frames need no decoding: mask and gradients are the same.
+    So the other frames need no decoding, which TPAVI alone mixes: mask and gradients are the same.
     """
-    model, inputs = tiny_model("avs")
+    _, inputs = tiny_model("avs")
+    model = randomise(AVS(tiny_lavish(), 20, 8, tpavi)).train()
     alone = model(*inputs, first_only=True)
     first = model(*inputs)[:, :1]
     assert_close(alone, first)
@@ -969,7 +971,7 @@ def test_adapters_and_head_alone_get_gradients(modality):
     """
     model, inputs = tiny_model("ave")
     if modality == "v":
-        model.net = OneStream(tiny_swin(), "v", reduction=4)
+        model.net = randomise(OneStream(tiny_swin(), "v", reduction=4))
     model.eval()
     assert not any(module.training for module in model.modules())
     model.train()
