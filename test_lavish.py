@@ -961,7 +961,7 @@ def test_weights_of_another_window_are_refused():
     lavish.load_pretrained(tiny_swin(), state)
 
 
-# ---------------------------------------------------------------- freezing, saving, loading, the table
+# ---------------------------------------------------------------- freezing, saving, the table
 
 
 @parametrize("modality", ["av", "v"])
