@@ -2434,11 +2434,14 @@ def test_scores_of_masks_by_hand():
     batches = [(IMAGES, IMAGES, mask.view(1, 1, 1, 2)) for mask in masks]
     scores = recite("avs", {}, batches, *answers)
     # At 0.5 both pixels are found, the right one, and where nothing sounds half is left empty.
+    assert train.mask_iou(p.logit(), masks).tolist() == [0.5, 1, 0.5]
     assert scores["mean IoU"] == pytest.approx((0.5 + 1 + 0.5) / 3)
     # The best threshold of all lies below 0.6: precision is 0.5 and 1, recall 1. The best one of
     # each frame would give 1; the mean over the thresholds is lower.
     first = 1.3 * 0.5 * 1 / (0.3 * 0.5 + 1)
     assert scores["F score"] == pytest.approx((first + 1) / 2)
+    # 255 thresholds from 0 to 1: the right pixel is found by those up to 228.6 and 152.4 / 254.
+    assert (train.f_score(p.logit(), masks) > 0).sum(1).tolist() == [229, 153, 0]
 
 
 class Batches(list):
