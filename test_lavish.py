@@ -2373,7 +2373,8 @@ def test_negatives_are_drawn_anew_in_each_epoch_of_a_run(toys, monkeypatch):
     assert first != second
 
 
-def test_the_best_epoch_on_val_is_kept_and_tested_and_patience_ends_a_run(toys, monkeypatch):
+@parametrize("task", ["ave", "avs", "avqa", "ucf101"])
+def test_the_best_epoch_on_val_is_kept_and_tested_and_patience_ends_a_run(toys, monkeypatch, task):
     """Scores on val by a script: the second epoch is the first of the best ones, the run ends two
     epochs later.
 
@@ -2384,10 +2385,10 @@ def test_the_best_epoch_on_val_is_kept_and_tested_and_patience_ends_a_run(toys, 
 
     def score(settings, facts, model, loader):
         weights.append(copy.deepcopy(lavish.trained_state_dict(model)))
-        return {"accuracy": next(script)}
+        return {"mean IoU" if task == "avs" else "accuracy": next(script)}
 
-    monkeypatch.setattr(train, "evaluate_ave", score)
-    main(f"ave --data={toys}/ave --epochs=9 --patience=2 --out=run")
+    monkeypatch.setattr(train, f"evaluate_{task}", score)
+    main(f"{task} --data={toys}/{task} --epochs=9 --patience=2 --batch-size=9 --out=run")
     assert len(weights) == 5
     assert_same(trained("run"), weights[1])
     assert_same(weights[4], weights[1])
