@@ -2457,6 +2457,13 @@ class Batches(list):
     )
 
 
+def test_what_the_words_alone_say_is_the_commonest_answer_in_training():
+    """By hand: "how many" has two answers "two" and one "one"; "which" has one."""
+    asked = [("how many", "one"), ("how many", "two"), ("which", "left"), ("how many", "two")]
+    questions = [{"words": text.split(), "answer": answer} for text, answer in asked]
+    assert train.commonest_answers(questions) == {"how many": "two", "which": "left"}
+
+
 def test_scores_of_answers_by_hand():
     """Over all, by type, and what the commonest answers to the words alone would score.
 
