@@ -2305,10 +2305,10 @@ def spy_batches(monkeypatch):
     return batches
 
 
-@parametrize(
-    "task, loss_by_hand",
-    [("ave", ave_loss), ("avs", avs_loss), ("avqa", avqa_loss), ("ucf101", ucf101_loss)],
-)
+LOSSES = [("ave", ave_loss), ("avs", avs_loss), ("avqa", avqa_loss), ("ucf101", ucf101_loss)]
+
+
+@parametrize("task, loss_by_hand", LOSSES)
 def test_losses_are_those_of_the_papers(toys, monkeypatch, task, loss_by_hand):
     """By torch's distributions, on what the model answers to the batches of an epoch.
 
@@ -2333,6 +2333,53 @@ def test_losses_are_those_of_the_papers(toys, monkeypatch, task, loss_by_hand):
     if task == "avs":  # the toy trains on first seconds
         assert lengths[0] == 1
     assert losses("run") == [pytest.approx(np.mean(by_hand), rel=1e-4)]
+
+
+def rate_of(name, settings):
+    """The learning rate of a parameter, by the supplementary: 3e-6 for "the grounding modules and
+    the final prediction layer" of AVQA."""
+    module = name.split(".")[0]
+    if module == "net":
+        return settings.lr
+    grounding = ("audio_out", "visual_out", "match", "when_heard", "when_seen", "answer")
+    return settings.grounding_lr if module in grounding else settings.head_lr
+
+
+@parametrize("task, loss_by_hand", LOSSES)
+def test_a_run_is_a_plain_loop(toys, monkeypatch, task, loss_by_hand):
+    """Two epochs by another loop, with an Adam for each parameter, have the same losses.
+
+    In the second one every step of the first shows: gradients that are not set to zero, rates that
+    do not fall, batch norms that keep their statistics, noise of another seed.
+    """
+    batches = spy_batches(monkeypatch)
+    main(f"{task} --data={toys}/{task} --epochs=2 --batch-size=4 --seed=1 --out=run")
+    settings = train.Settings(**result("run")["settings"])
+    net = train.make_net(settings)
+    train.load_weights(settings, net)
+    model = train.add_head(settings, torch.load("run/adapters.pt")["facts"], net)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adams = {name: torch.optim.Adam([p], foreach=False) for name, p in trained.items()}
+
+    in_an_epoch = len(batches) // 2
+    by_hand = []
+    for step, batch in enumerate(batches):
+        epoch, first = divmod(step, in_an_epoch)
+        if first == 0:
+            torch.manual_seed((1 * 1000 + epoch) * 1000)
+        inputs = batch[:-1]
+        if task == "avs":
+            inputs = [x[:, :1] for x in inputs]
+        loss = loss_by_hand(model.train()(*inputs), batch)
+        by_hand.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        for name, adam in adams.items():
+            falling = 0.75 if epoch == 0 else 0.25  # a line from 1 to 0, in the middle of the epoch
+            adam.param_groups[0]["lr"] = falling * rate_of(name, settings)
+            adam.step()
+    means = [np.mean(by_hand[:in_an_epoch]), np.mean(by_hand[in_an_epoch:])]
+    assert losses("run") == pytest.approx(means, rel=1e-4)
 
 
 @parametrize(
