@@ -2726,13 +2726,14 @@ def test_predict_reads_a_video_as_the_data_set_does(roots, monkeypatch):
     assert_same(clip, [*wanted[1][:3]])
 
 
-def test_a_killed_run_resumes_bit_for_bit(toys, capsys, monkeypatch):
+@parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_run_resumes_bit_for_bit(toys, capsys, precision):
     """Without a worker or with one, with dropout and negatives, by its own settings.
 
     Order, dropout and negatives follow from the epoch alone, and so Adam goes on as if nothing had
     been.
     """
-    line = f"avqa --data={toys}/avqa --epochs=4 --batch-size=3"
+    line = f"avqa --data={toys}/avqa --epochs=4 --batch-size=3 --precision={precision}"
     main(f"{line} --workers=0 --out=whole")
     line += " --workers=1 --out=killed"
     run = subprocess.Popen([sys.executable, HERE / "train.py", *line.split()])
