@@ -640,6 +640,17 @@ def assert_starts_right(name, parameter):
             assert start.abs().max() > 0, name
 
 
+def test_features_beside_the_sound_enter_aves_head():
+    """Table 3 of the supplementary: VGGish's features stand after those of the two streams."""
+    model = randomise(AVE(tiny_lavish(), 7, extra_width=5)).eval()
+    frames, spectrograms = images(2, 3)
+    extra = torch.randn(2, 3, 5).to(frames)
+    features = torch.cat([lavish.pooled(model.net, frames, spectrograms), extra], 2)
+    first, second = model.head
+    logits = dense(second, dense(first, features)).float()
+    assert_close(model(frames, spectrograms, extra), logits)
+
+
 @parametrize("tpavi", [False, True])
 def test_the_first_mask_alone_is_the_first_of_all(tpavi):
     """The loss of S4 looks at no other.
@@ -2380,6 +2391,16 @@ def test_a_run_is_a_plain_loop(toys, monkeypatch, task, loss_by_hand):
             adam.step()
     means = [np.mean(by_hand[:in_an_epoch]), np.mean(by_hand[in_an_epoch:])]
     assert losses("run") == pytest.approx(means, rel=1e-4)
+
+
+def test_ave_trains_with_features_beside_the_sound(toys):
+    """A row of features for each row of Annotations.txt, in each of ten seconds."""
+    rows = len(Path(f"{toys}/ave/Annotations.txt").read_text().splitlines()) - 1
+    np.save("vggish.npy", np.random.default_rng(0).standard_normal((rows, 10, 128)))
+    main(f"ave --data={toys}/ave --epochs=2 --batch-size=4 --extra-audio=vggish.npy --out=run")
+    first, second = losses("run")
+    assert second < first
+    main("eval run")
 
 
 @parametrize(
