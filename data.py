@@ -373,8 +373,8 @@ def read_features(path, rows):
         features = torch.from_numpy(np.load(path).astype(np.float32))
     except (OSError, EOFError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not an .npy of numbers ({error})") from None
-    found = tuple(features.shape)
-    require(found == (len(rows), 10, 128), f"{path} has shape {found}, not ({len(rows)}, 10, 128)")
+    shape = tuple(features.shape)
+    require(shape == (len(rows), 10, 128), f"{path} has shape {shape}, not ({len(rows)}, 10, 128)")
     return dict(zip(rows, features))
 
 
@@ -847,12 +847,12 @@ def promised_length(path):
     entries = "format=format_name,duration:stream=nb_frames,avg_frame_rate"
     command = f"ffprobe -v error -select_streams v:0 -of json -show_entries {entries}".split()
     done = subprocess.run([*command, os.path.abspath(path)], capture_output=True)
-    found = json.loads(done.stdout)
-    seconds = float(found["format"].get("duration", 0))
-    video = found["streams"][0]
-    if found["format"]["format_name"] == "avi" and "nb_frames" in video:
+    header = json.loads(done.stdout)
+    seconds = float(header["format"].get("duration", 0))
+    video = header["streams"][0]
+    frames, during = video["avg_frame_rate"].split("/")  # 0/0 if unknown
+    if header["format"]["format_name"] == "avi" and "nb_frames" in video and frames != "0":
         # ffprobe shortens the duration of an avi that was cut, but not the count of its frames.
-        frames, during = video["avg_frame_rate"].split("/")
         seconds = max(seconds, int(video["nb_frames"]) * int(during) / int(frames))
     return seconds
 

@@ -1373,12 +1373,12 @@ def bench(settings):
     model = add_head(settings, REAL_SIZES, net)
     optimizer = make_optimizer(settings, model)
     clips = random_clips(settings)
-    more = []  # that training has: AVS decodes the first frame alone, AVQA reads negatives
+    in_training = []  # AVS then decodes the first frame alone, and AVQA reads negatives
     if settings.task == "avs":
-        more = [True]
+        in_training = [True]
     elif settings.task == "avqa" and settings.modality == "av":
-        more = [clips[0]]
-    for name, inputs in (("training", [*clips, *more]), ("evaluation", clips)):
+        in_training = [clips[0]]
+    for name, inputs in (("training", [*clips, *in_training]), ("evaluation", clips)):
         training = name == "training"
         model.train(training)
         times = [clock(settings)]
