@@ -73,8 +73,8 @@ def read_wav(path):
     whole = len(content) // (2 * channels) * channels  # a cut file may end within a sample
     samples = np.frombuffer(content, "<i2", whole).reshape(-1, channels)  # (samples, channels)
     sound = torch.from_numpy(samples.mean(1) / 32768).float()  # (N,)
-    # All usual rates are multiples of 25 Hz. From 44,099 Hz the exact ratio, 16000 / 44099, would
-    # need a filter of 12 GB; from 44,100 Hz it is 160 / 441.
+    # The ratio to 16 kHz must be simple: 44,100 Hz gives 160 / 441, but 16000 / 44099 would need a
+    # filter of 12 GB. All usual rates are multiples of 25 Hz, so the rate is rounded to one.
     rate = 25 * round(rate / 25)
     sound = torchaudio.functional.resample(sound, rate, SAMPLE_RATE)
     return sound - sound.mean()
@@ -110,7 +110,7 @@ def open_image(path):
             image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:  # Pillow documents no list of what it raises here
         raise InputError(f"{path} is not a readable image ({error}); make it again") from None
-    # Of 16 bits Pillow would keep the upper half, or cut greys off at 255. Byte 24 of a png is its
+    # Pillow would keep only the upper 8 of 16 bits, or clip greys at 255. Byte 24 of a png is its
     # number of bits.
     deep = start.startswith(b"\x89PNG") and start[24] == 16
     require(not deep, f"{path} has not 8 bits per channel; convert it to 8")
@@ -120,7 +120,7 @@ def open_image(path):
 def read_image(path):
     """A jpg or png of 8 bits per channel -> (3, height, width) uint8, as viewers show it.
 
-    What is transparent lets a white page through.
+    Transparent pixels become white.
     """
     image = open_image(path)
     page = Image.new("RGBA", image.size, "white")
@@ -185,27 +185,27 @@ def by_second(paths, sound):
     frames over the ten seconds of the labels (AVE/dataloader.py:223), which shifts them if there
     are 9 or 11. InputError if the frames do not fit the sound.
     """
-    seconds = len(sound) / SAMPLE_RATE
-    rate = max(1, round(len(paths) / seconds))  # frames a second
+    duration = len(sound) / SAMPLE_RATE  # in seconds
+    fps = max(1, round(len(paths) / max(1, duration)))  # frames a second
     # Up to a second of difference is usual, and ffmpeg rounds a clip to a whole number of frames.
     require(
-        abs(len(paths) / rate - seconds) < 1.5,
-        f"{dirname(paths[0])} has {len(paths)} frames, but its sound has {seconds:.1f} s: "
+        abs(len(paths) / fps - duration) < 1.5,
+        f"{dirname(paths[0])} has {len(paths)} frames, but its sound has {duration:.1f} s: "
         "which frame is of which second? Extract both from the video again",
     )
-    return paths[rate // 2 :: rate]
+    return paths[fps // 2 :: fps]
 
 
 def read_lines(path):
     """The lines of a text file, stripped, without the empty ones. There must be at least one."""
     require(
         exists(path),
-        f"no {path}; is it another folder, or a run that is not done? See the README",
+        f"no {path}; wrong folder, or a run that is not done? See the README",
     )
     try:
-        # utf-8-sig: editors on Windows put a byte-order mark in front, which is no part of line 1.
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
+        with open(path, encoding="utf-8") as file:
+            # Editors on Windows put a byte-order mark in front, which is no part of a line.
+            lines = [line.replace("\ufeff", "").strip() for line in file]
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save it again as UTF-8") from None
     lines = [line for line in lines if line]
@@ -218,7 +218,7 @@ def read_json(path):
     text = "\n".join(read_lines(path))
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); fetch or make it again") from None
 
 
@@ -252,7 +252,7 @@ def find_stats(root, task, size, classes=()):
     path = stats_path(root, size)
     if exists(path):
         try:
-            mean, std = read_json(path)
+            mean, std = map(float, read_json(path))
             require(abs(mean) < 100 and 0 < std < 100, "out of range")  # NaN fails too
         except (ValueError, TypeError):
             raise InputError(f"{path} is not [mean, std]; remove it, run data.py stats") from None
@@ -268,9 +268,9 @@ def find_stats(root, task, size, classes=()):
 # ---------------------------------------------------------------- AVE
 # Each Dataset below has the same methods. For item i, video(i) says which video it is of; about(i)
 # its class, and how many of its seconds are of that class; files(i) all files that it needs:
-# frames, with AVSBench masks, and the sound; moments(i) the frames that are read, and the sound
-# beside them, (T, 16000). A list of a wrong form is an InputError of __init__, a damaged frame or
-# sound one of __getitem__.
+# frames, with AVSBench masks, and the sound; paths_and_sound(i) the frames that are read, and the
+# sound beside them, (T, 16000). __init__ raises InputError for a wrong list, __getitem__ for a
+# damaged frame or sound.
 
 # In the order of the real Annotations.txt.
 AVE_CLASSES = (
@@ -347,12 +347,12 @@ class AVEDataset(Dataset):
         _, label, start, end = self.clips[i]
         return self.classes[label], end - start
 
-    def moments(self, i):
+    def paths_and_sound(self, i):
         """The first ten seconds. A shorter clip goes on with its last frame, and in silence."""
         paths, wav = self.files(i)
         sound = read_wav(wav)
         frames = by_second(paths, sound)
-        frames += [frames[-1]] * 10
+        frames += [frames[-1]] * 10  # ten or more now
         return frames[:10], seconds_of(sound, 10)  # (10, 16000)
 
     def __getitem__(self, i):
@@ -433,7 +433,7 @@ class AVSBenchDataset(Dataset):
         _, category = self.clips[i]
         return category, 5
 
-    def moments(self, i):
+    def paths_and_sound(self, i):
         """The five frames and seconds. Frame k is from the end of second k."""
         frames, _, wav = self.files(i)
         return frames, seconds_of(read_wav(wav), 5)  # (5, 16000)
@@ -450,8 +450,9 @@ class AVSBenchDataset(Dataset):
 def read_mask(path, size):
     """(size, size) of 0. and 1., from a file of black and one colour, or of greys from 0 to 255.
 
-    Black and one colour: {0, 1}, {0, 2}, {0, 255}, or a palette's. Greys: above half is 1. What may
-    have another meaning is refused: {0, 1, 2} counts sources in AVSBench's other subsets.
+    Black and one colour: {0, 1}, {0, 2}, {0, 255}, or a palette's. Greys: above half is 1; they
+    come from resizing, so there are many. A few values may have another meaning and are refused:
+    {0, 1, 2} counts sources in AVSBench's other subsets, {0, 1, 255} may mark pixels to leave out.
 
     The release converts to one bit (AVS/avs_scripts/avs_s4/dataloader.py:27,153), which turns a
     file of {0, 1} black and dithers greys.
@@ -464,7 +465,7 @@ def read_mask(path, size):
     height, width = mask.shape
     require(
         height == width == size,
-        f"{path} is {width} x {height}, the first mask {size} x {size}; make all of one size",
+        f"{path} is {width} x {height}; make all masks square and of one size, here {size}",
     )
     inside = colours[:, mask > 0]  # (3, n)
     if (inside == inside[:, :1]).all():  # one colour, or none
@@ -472,7 +473,7 @@ def read_mask(path, size):
     is_grey = (inside == inside[0]).all()
     values = mask.unique().tolist()
     fault = f"{path} is neither black and one colour nor greys from 0 to 255; it has {values[:9]}"
-    require(is_grey and values[-1] > 127, fault)
+    require(is_grey and len(values) > 8 and values[-1] > 127, fault)
     return (mask > 127).float()
 
 
@@ -503,7 +504,7 @@ class MusicAVQADataset(Dataset):
             vocabulary = make_vocabulary(read_questions(f"{root}/avqa-train.json"))
         self.vocabulary = vocabulary
 
-        # A word or an answer that training does not have ends here and not in the middle of a test.
+        # Refuse a word or an answer that training lacks now, not in the middle of a test.
         for question in self.questions:
             answer = question["answer"]
             fault = f"avqa-{split}.json: no training question has the answer {answer!r}"
@@ -524,11 +525,11 @@ class MusicAVQADataset(Dataset):
     def about(self, i):
         return self.questions[i]["answer"], self.count
 
-    def moments(self, i):
+    def paths_and_sound(self, i):
         """Frames and sound of T seconds.
 
         A video of n frames, one a second, has n seconds, however long its sound is: 60.019 s of
-        sound beside 60 frames must not move the moments of the sound against those of the frames.
+        sound beside 60 frames must not shift the seconds of the sound against the frames.
         """
         paths, wav = self.files(i)
         sound = read_wav(wav)
@@ -579,10 +580,10 @@ def read_questions(path):
 def fill_template(text, values):
     """The words of a question: "Is the <Object> loud?" and ["flute"] -> Is the flute loud.
 
-    As in the release (dataloader_avst.py:235-242): the last character goes, whichever question mark
-    it is (one template has a full-width one), and each word with a "<" becomes the next value.
+    As in the release (dataloader_avst.py:235-242): the question mark goes (one template has a
+    full-width one), and each word with a "<" becomes the next value.
     """
-    words = text.rstrip()[:-1].split(" ")
+    words = text.rstrip("?\uff1f \n").split()
     used = 0
     for position, word in enumerate(words):
         if "<" in word:
@@ -592,7 +593,7 @@ def fill_template(text, values):
 
 
 def make_vocabulary(questions):
-    """Words and answers in the order in which the questions bring them, and the longest length."""
+    """Words and answers in the order of first appearance, and the longest question's length."""
     words = ["<pad>"]
     for question in questions:
         words += question["words"]
@@ -668,8 +669,8 @@ class UCF101Dataset(Dataset):
 
     item: frames (16, 3, S, S), spectrograms (8, S, S), label () int64
 
-    No official list has a val split: groups 24 and 25 of training are it (the clips of a group are
-    cut from one video, so groups must not be torn apart). The release has no code for UCF101.
+    No official list has a val split: here it is groups 24 and 25 of training (the clips of a group
+    are cut from one video, so groups must not be torn apart). The release has no code for UCF101.
     """
 
     def __init__(self, root, split, size, stats=None):
@@ -714,7 +715,7 @@ class UCF101Dataset(Dataset):
         _, label = self.clips[i]
         return self.classes[label], 8
 
-    def moments(self, i):
+    def paths_and_sound(self, i):
         """16 frames, evenly over the clip as VideoMAE takes them, and eight seconds of sound.
 
         Each second is centred between two of the frames.
@@ -747,7 +748,7 @@ def read_clip(dataset, i):
     """
     video = dataset.video(i)
     if video not in dataset.kept:
-        paths, seconds = dataset.moments(i)
+        paths, seconds = dataset.paths_and_sound(i)
         frames = read_frames(paths, dataset.size)
         spectrograms = spectrograms_of(seconds, dataset.size, dataset.stats)
         if not is_toy(dataset.root):
@@ -779,7 +780,7 @@ def extract_video(path, out):
     """One video -> OUT/video_frames/ID/0001.jpg ... and OUT/raw_audio/ID.wav. Returns the ID.
 
     The ID is the file's name without its ending. There is a frame from the middle of each second.
-    The wav is moved into place last: where it is, everything is, and nothing is done again.
+    The wav is moved into place last: if it exists, the video is complete and is skipped.
     """
     shown = path.encode(errors="replace").decode()
     require(path == shown, f"{shown}: its name is not UTF-8, but lists of IDs are; rename it")
@@ -788,7 +789,7 @@ def extract_video(path, out):
     wav = wav_path(out, video)
     if exists(wav):
         return video
-    if not exists(f"{frames}/sound.wav"):  # unless it was stopped just before its last line
+    if not exists(f"{frames}/sound.wav"):  # it is there if a call was stopped before os.replace
         require(not isdir(frames), f"{frames} is there without {wav}; move it away")
         run_ffmpeg(path, frames)
     os.makedirs(dirname(wav), exist_ok=True)
@@ -816,6 +817,7 @@ def run_ffmpeg(path, folder):
     said = " ".join(done.stderr.split())[:500]  # a damaged video can fill pages
     try:
         require("'0:a:0' matches no streams" not in said, f"{path} has no sound")
+        require("'0:v:0' matches no streams" not in said, f"{path} has no pictures")
         fault = f"{path} wants pictures and sound that ffmpeg can read: {said}"
         require(done.returncode == 0, fault)
         compare_lengths(path, unfinished, said)
@@ -916,6 +918,7 @@ def check_item(dataset, i):
         number = int(re.search(r"(\d+)\.\w+$", path)[1])  # of 0001.jpg, or of NAME_1.png
         follows = number < 2 if before is None else number == before + 1
         require(follows, f"{path} is there, but the frame before it is missing; extract all again")
+        open_image(path)  # also a frame that only a negative of MUSIC-AVQA may be
         before = number
     try:
         dataset.__getitem__(i)
@@ -936,7 +939,10 @@ def print_classes(datasets):
             clips[name, split] += 1
             seconds[name, split] += length
             videos[split].add(dataset.video(i))
-    for name in dict.fromkeys(name for name, _ in clips):
+    names = [name for name, _ in clips]
+    for dataset in datasets.values():
+        names += getattr(dataset, "classes", [])  # also those without a clip: misspelt ones
+    for name in dict.fromkeys(names):
         row = [f"{split} {clips[name, split]} ({seconds[name, split]} s)" for split in datasets]
         print(f"{name}: {', '.join(row)}")
     for one, other in itertools.combinations(datasets, 2):
@@ -956,7 +962,7 @@ def measure_stats(task, root, size):
     dataset = DATASETS[task](root, "train", size, raw)
     measured = []  # (mean, std) of each second
     for i in progress(distinct_items(dataset), "stats"):
-        _, seconds = dataset.moments(i)  # (T, 16000)
+        _, seconds = dataset.paths_and_sound(i)  # (T, 16000)
         if not seconds.any():
             continue
         for spectrogram in spectrograms_of(seconds, size, raw):
@@ -1007,7 +1013,7 @@ def save_tensors(tensors, path):
 
 def load_tensors(path):
     """torch.load for tensors alone: a file from a stranger cannot run code."""
-    require(exists(path), f"no {path}: another path, or a run without an epoch, or done")
+    require(exists(path), f"no {path}: wrong path, no epoch is done, or the run is complete")
     try:
         # VideoMAE's own checkpoints keep their settings in an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -1228,9 +1234,9 @@ def toy_ave(root, rng):
         heard    bell    bell    bell  BELL  BELL  bell  BELL    bell    -       BELL
         label    backgr. backgr. bell  bell  bell  bell  backgr. backgr. backgr. backgr.
 
-    In seconds 2, 3, 6 and 0 a bell is seen and heard, large or small, loud or soft. No sum of what
-    is seen and what is heard tells the first two from the others: it is an XNOR of size and
-    loudness. AVE's head is linear, so the streams have to meet before it, in the adapters."""
+    In seconds 2 and 3 (event) and 0 and 6 (background) a bell is seen and heard. No sum of what is
+    seen and what is heard tells the two pairs apart: it is an XNOR of size and loudness. AVE's
+    head is linear, so the streams have to meet before it, in the adapters."""
     lines = {split: [] for split in TOY_CLIPS["ave"]}
     for split, video in toy_clips("ave"):
         event, other = rng.permutation(NAMES)[:2]
@@ -1241,12 +1247,12 @@ def toy_ave(root, rng):
         for t in range(10):
             seen = event
             heard = event
-            size, opposite = rng.permutation(["near", "far"])
-            loudness = size
+            distance, other_distance = rng.permutation(["near", "far"])
+            sounds_like = distance  # near is large to see and loud to hear
             if not start <= t < start + length:  # background, of one kind by chance
                 kind = rng.integers(10)
                 if kind < 6:
-                    loudness = opposite
+                    sounds_like = other_distance
                 elif kind == 6:
                     heard = None
                 elif kind == 7:
@@ -1255,10 +1261,10 @@ def toy_ave(root, rng):
                     heard = other
                 else:
                     seen = other
-            things = [place(seen, seen, RADII[size], rng)] if seen else []
+            things = [place(seen, seen, RADII[distance], rng)] if seen else []
             image, _ = render(things, rng)
             images.append(image)
-            sounds.append(record(heard, 1, AMPLITUDES[loudness], rng))
+            sounds.append(record(heard, 1, AMPLITUDES[sounds_like], rng))
         write_video(root, video, images, np.concatenate(sounds))
         lines[split].append(f"{event}&{video}&good&{start}&{start + length}")
 
@@ -1419,6 +1425,7 @@ def run(args):
     """One command. Returns its exit code."""
     task = args.source
     require(args.size > 15 and args.seed >= 0, "--size wants at least 16, --seed at least 0")
+    require(args.source and args.root, "the name of a folder is empty")
     if args.command == "extract":
         return extract(args.source, args.root)
     require(task in DATASETS, f"unknown task {task!r}; there are {', '.join(DATASETS)}")

@@ -83,7 +83,7 @@ class LavishAdapter(nn.Module):
             if other is None:
                 raise ValueError("an adapter with latents reads the other stream: give `other`")
             _, summary = self.compress(other)  # (BT,m,dim)
-            # Fuse: x' = x + g_av softmax(x S^T) S
+            # Fuse, with the summary S: x' = x + g_av softmax(x S^T) S
             attention = (x @ summary.transpose(1, 2)).softmax(-1)  # (BT,N,m)
             x = x + self.gate_av * (attention @ summary)  # (BT,N,dim)
 
@@ -93,14 +93,14 @@ class LavishAdapter(nn.Module):
         z = self.bn_up(self.in_groups(self.up, z))  # (BT*N,dim)
         z = self.norm_out(z.view(x.shape))  # (BT,N,dim)
         # g = 0 at the start, so that the network is exactly the frozen one. The gate comes after
-        # the norm, which would cancel it (released AVS: before, PVT_AVSModel.py:147-152).
+        # the norm, because a norm undoes scaling (released AVS: before, PVT_AVSModel.py:147-152).
         return self.gate * z
 
     def compress(self, other):
         """Other stream y (BT,M,dim) -> where each latent looks (BT,m,M), what it reads (BT,m,dim).
 
-        Eq. 7: S = L + softmax(L y^T) y. One head, no projections and no 1/sqrt(d), because the
-        latents are learned queries already."""
+        Eq. 7: S = L + softmax(L y^T) y. One head and no projections, because the latents are
+        learned queries already, which can also learn the scale that 1/sqrt(d) would give."""
         attention = (self.latents @ other.transpose(1, 2)).softmax(-1)  # (BT,m,M)
         summary = self.latents + attention @ other  # (BT,m,dim)
         return attention, summary
@@ -118,8 +118,9 @@ def lavish_block(backbone, block, lav_v, lav_a, x_v, x_a):
     """One frozen block with its four adapters (Fig. 2). Tokens (BT,N,d) of both streams in and out.
 
     lav_v and lav_a: the visual and the audio stream's adapters, beside attention and beside the
-    MLP. Each reads the other stream as it was before them. No stochastic depth, as the paper
-    mentions none; the release has timm's default of 0.1 here (AVE/nets/net_trans.py:259,378)."""
+    MLP, in this order. Each reads the other stream as it enters this attention, or this MLP.
+    No stochastic depth, as the paper mentions none; the release has timm's default of 0.1 here
+    (AVE/nets/net_trans.py:259,378)."""
     y_v = x_v + backbone.msa(block, x_v) + lav_v[0](x_v, x_a)
     y_a = x_a + backbone.msa(block, x_a) + lav_a[0](x_a, x_v)
     z_v = y_v + backbone.mlp(block, y_v) + lav_v[1](y_v, y_a)
@@ -156,13 +157,13 @@ class Lavish(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         if checkpoint_activations:
             count_batches_once(self)
-        self.block = lavish_block
+        self.run_block = lavish_block
         if compile_blocks:
-            # One function for all blocks, whose weights are its inputs. It is compiled anew for
-            # each stage, in training and in evaluation; torch gives up after eight times.
+            # One compiled function serves all blocks; their weights are its inputs. It is compiled
+            # again for each stage and mode, and by default torch gives up after eight times.
             # The setting has this name in torch 2.6, and still in later versions.
             torch._dynamo.config.cache_size_limit = 64
-            self.block = torch.compile(lavish_block)
+            self.run_block = torch.compile(lavish_block)
 
     def train(self, mode=True):
         super().train(mode)
@@ -181,9 +182,9 @@ class Lavish(nn.Module):
                 lav_v, lav_a = next(adapters)  # of this block
                 inputs = (self.backbone, block, lav_v, lav_a, x_v, x_a)
                 if recompute:
-                    x_v, x_a = checkpoint(self.block, *inputs, use_reentrant=False)
+                    x_v, x_a = checkpoint(self.run_block, *inputs, use_reentrant=False)
                 else:
-                    x_v, x_a = self.block(*inputs)  # (BT,N,d) each
+                    x_v, x_a = self.run_block(*inputs)  # (BT,N,d) each
             visual.append(x_v)
             audio.append(x_a)
             x_v = merge(x_v)  # (BT,N/4,2d)
@@ -239,8 +240,9 @@ def make_adapters(backbone, latents, reduction, groups):
 
 
 def count_batches_once(net):
-    """Recomputed blocks pass a batch through each batch norm twice. A running statistic s moves by
-    s <- (1 - a) s + a b. Two such steps with a' are one with a if (1 - a')^2 = 1 - a."""
+    """Recomputed blocks pass a batch through each batch norm twice. With the momentum a and the
+    batch's value b, a running statistic moves by s <- (1 - a) s + a b. Two such steps with the
+    momentum a' equal one with a if (1 - a')^2 = 1 - a."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.momentum = 1 - (1 - module.momentum) ** 0.5
@@ -294,7 +296,8 @@ class AVE(nn.Module):
     """Audio-visual event localisation: which event is seen and heard in each second (Sec. 4.1).
 
     frames (B,T,3,S,S), spectrograms (B,T,S,S) -> logits (B,T,classes), the last class background
-    extra_width: of features beside the sound's (B,T,extra_width); VGGish's 128 (suppl. Table 3)"""
+    extra_width: width of extra features of the sound (B,T,extra_width); VGGish has 128 (suppl.
+    Table 3)"""
 
     def __init__(
         self,
@@ -320,8 +323,8 @@ def pooled(net, frames, spectrograms):
     """frames (B,T,3,S,S), spectrograms (B,T,S,S) -> (B,T,2d): what stands for each image, both
     streams side by side."""
     vectors = []
-    for stages in net(frames.flatten(0, 1), spectrograms.flatten(0, 1)):
-        vectors.append(image_vectors(net.backbone, stages[-1]))  # (BT,d)
+    for tokens in net(frames.flatten(0, 1), spectrograms.flatten(0, 1)):
+        vectors.append(image_vectors(net.backbone, tokens[-1]))  # (BT,d)
     return torch.cat(vectors, -1).unflatten(0, (len(frames), -1))
 
 
@@ -540,8 +543,8 @@ class AVQA(nn.Module):
         with torch.no_grad():
             foreign = self.net.backbone(negatives.flatten(0, 1))[-1]  # (BT,N,d)
         own = torch.cat([heard, seen], -1)  # (BT,2D)
-        other = torch.cat([heard, self.ground(foreign, heard)], -1)  # (BT,2D)
-        return answer, self.match(torch.cat([own, other])).float()  # (2*BT,2)
+        mismatched = torch.cat([heard, self.ground(foreign, heard)], -1)  # (BT,2D)
+        return answer, self.match(torch.cat([own, mismatched])).float()  # (2*BT,2)
 
     def encode(self, question):
         """Word indices (B,W) -> (B,D). The LSTM reads the padding too (net_avst.py:190-195), so
@@ -758,7 +761,7 @@ def window_order(side, window, shift=0):
 
 
 def log_offsets(window):
-    """From one token of a window to another it is -(w-1) to w-1 rows, and as many columns.
+    """The offsets between the tokens of a window: -(w-1) to w-1 rows, and the same for columns.
 
     -> all pairs of offsets (1,2w-1,2w-1,2), on a log scale from -1 to 1, as torchvision stores
     them; for each pair of the n tokens, row by row, the number of its offset (n*n,)"""
@@ -808,8 +811,8 @@ def stage_sides(size, stages, window):
 
 
 def start_near_identity(features):
-    """To train a Swin-V2 from scratch its blocks must start close to the identity: with norm1 and
-    norm2 at their usual ones it stays at chance. Linear layers start as torchvision's."""
+    """A Swin-V2 that is trained from scratch must start close to the identity. With norm1 and norm2
+    starting at 1, as usual, it does not learn. Linear layers start as torchvision's."""
     for name, parameter in features.named_parameters():
         if parameter.dim() == 2:
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -828,10 +831,10 @@ class ViT(torchvision.models.VisionTransformer):
 
     forward = frozen_forward
 
-    def __init__(self, layers, heads, dim, image_size, patch=16):
+    def __init__(self, layers, num_heads, dim, image_size, patch=16):
         fits = image_size > 0 and image_size % patch == 0
         require(fits, f"image size {image_size} is no multiple of {patch}")
-        super().__init__(image_size, patch, layers, heads, dim, 4 * dim)
+        super().__init__(image_size, patch, layers, num_heads, dim, 4 * dim)
         self.heads = nn.Identity()  # no classifier
         self.dims = [dim]
         self.stages = [(self.encoder.layers, nn.Identity())]
@@ -873,11 +876,11 @@ VIT_NAMES = [
 
 class VideoMAE(ViT):
     """VideoMAE's encoder (Tong et al., NeurIPS 2022): one token per tubelet, 2 frames of 16 x 16
-    pixels; fixed sine positions, no class token. 16 images in a row are taken as one clip; a
-    spectrogram comes as a still of two frames, so that it is a tubelet in each place."""
+    pixels; fixed sine positions, no class token. 16 images in a row are taken as one clip. Each
+    spectrogram is given twice in a row, because a tubelet spans two frames."""
 
-    def __init__(self, layers, heads, dim, image_size):
-        super().__init__(layers, heads, dim, image_size)
+    def __init__(self, layers, num_heads, dim, image_size):
+        super().__init__(layers, num_heads, dim, image_size)
         del self.class_token
         del self.encoder.pos_embedding
         tubelet = (2, 16, 16)
@@ -899,7 +902,7 @@ class ResNet(nn.Module):
     """ResNet (He et al., CVPR 2016) of bottlenecks, x <- relu(x + f(x)); tokens are the places of
     its maps. Its first bottleneck of each layer changes the width: it stands where Swin merges.
 
-    Neither paper nor release says where the adapters stood (the trace left, released AVE
+    Neither paper nor release says where the adapters stood (what is left of it, released AVE
     net_trans_v2.py:558-597, has none). Here a bottleneck is a block whose MLP adds nothing, so that
     two adapters stand beside it, one after the other, as beside the blocks of the others."""
 
@@ -1019,8 +1022,11 @@ def load_pretrained(backbone, weights):
     for key in ("model", "module", "state_dict", "model_state_dict", "state_dict_ema", "teacher"):
         if isinstance(weights, dict) and key in weights:
             weights = weights[key]
-    named = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
-    require(named, "the file of weights holds no tensors by name; give a state dict")
+    require(isinstance(weights, dict), f"the file of weights holds a {type(weights).__name__}")
+    named = all(isinstance(n, str) and torch.is_tensor(t) for n, t in weights.items())
+    wanted = list(backbone.state_dict())[:1]
+    found = list(weights)[:3]
+    require(named, f"the file of weights holds no tensors by name, as {wanted}, but {found}")
     # What training, compilation and larger models put before a name.
     weights = {re.sub(r"^((module|_orig_mod|backbone)\.)+", "", n): t for n, t in weights.items()}
     check_window(backbone, weights)
@@ -1041,8 +1047,8 @@ def load_pretrained(backbone, weights):
 
 
 def check_window(backbone, weights):
-    """Weights of a Swin-V2 with another window load, but give other tokens. Microsoft's and
-    torchvision's files hold the table of offsets, which tells; timm's hold nothing that could."""
+    """Weights for another window can be loaded, but give wrong tokens. The files of Microsoft and
+    torchvision contain the table of offsets, which shows the window; timm's do not."""
     tables = [t for name, t in weights.items() if name.endswith("relative_coords_table")]
     if not tables or not isinstance(backbone, SwinV2):
         return
@@ -1106,8 +1112,8 @@ def load_checked(model, state, what):
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in state]
     extra = [name for name in state if name not in wanted]
-    require(not missing, f"{what}: {len(missing)} missing, as {missing[:1]}; extra: {extra[:1]}")
-    require(not extra, f"{what}: {len(extra)} tensors are extra, as {extra[:1]}")
+    require(not missing, f"{what}: {len(missing)} missing, e.g. {missing[:1]}; extra: {extra[:1]}")
+    require(not extra, f"{what}: {len(extra)} tensors are extra, e.g. {extra[:1]}")
     for name, tensor in wanted.items():
         shape = tuple(state[name].shape)
         same = shape == tensor.shape

@@ -101,7 +101,7 @@ class Settings:
     image_size: int = 0  # pixels a side; 0: what the weights are for
     modality: str = "av"  # both streams, or one alone: v or a
     latents: int = 16  # tokens m of an adapter; 0: late fusion
-    reduction: int = 4  # r: a stage's width over its bottleneck's
+    reduction: int = 4  # r: width of a stage / width of its bottleneck
     groups: int = 2  # channel groups of the bottleneck's convolutions
     one_direction: bool = False  # vision reads sound, sound reads nothing
     checkpoint_activations: bool = False  # less memory, more time
@@ -195,7 +195,7 @@ TOY = {
     ),
     "ucf101": replace(
         PAPER["ucf101"],
-        **{**NANO, "backbone": "videomae_nano", "weights": "none"},  # random does here
+        **{**NANO, "backbone": "videomae_nano", "weights": "none"},  # random weights are enough
         lr=2e-3,
         epochs=8,
     ),
@@ -208,14 +208,14 @@ TOY = {
 def train_ave(settings, net):
     """Audio-visual event localisation, from settings to test score. net: see make_net.
 
-    Clips of ten seconds; each second is one of the events or background, and counts alike."""
+    Clips of ten seconds. Each second is labelled as one event or background; all count equally."""
     dataset = open_split(settings, "train")
     facts = {
         "classes": dataset.classes,
         "stats": dataset.stats,
         "backbone": checksum(net.backbone),
     }
-    clips = load_in_new_orders(settings, dataset)
+    train = load_in_new_orders(settings, dataset)
     val = load_in_order(settings, open_split(settings, "val", facts))
     test = load_in_order(settings, open_split(settings, "test", facts))
 
@@ -230,13 +230,13 @@ def train_ave(settings, net):
             break
         start = time.time()
         set_rates(settings, optimizer, epoch)
-        # Dropout and order follow from the seed and the epoch's number, so that a run which was
-        # stopped goes on bit for bit.
-        seed_dropout(settings, epoch)
+        # Random numbers follow from the seed and the epoch's number, so that a run that was stopped
+        # goes on bit for bit: here those of dropout, if a net has any; in batches the order.
+        seed_epoch(settings, epoch)
         model.train()
         losses = []  # of each step
-        for batch in batches(clips, epoch):
-            # (B,10,3,S,S), (B,10,S,S), with --extra-audio (B,10,128), and (B,10)
+        for batch in batches(train, epoch):
+            # (B,10,3,S,S), (B,10,S,S) and (B,10); extra, (B,10,128), only with --extra-audio
             frames, spectrograms, *extra, labels = on_device(settings, batch)
             with autocast(settings):
                 logits = parallel(frames, spectrograms, *extra)  # (B,10,29)
@@ -250,7 +250,7 @@ def train_ave(settings, net):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            del logits, loss  # and their graph, which would scatter the memory of the next step
+            del logits, loss  # with their graph, which would break up the memory of the next step
 
         scores = evaluate_ave(settings, facts, model, val)
         log.append(entry(losses, scores["accuracy"], start))
@@ -292,7 +292,7 @@ def train_avs(settings, net):
         "stats": dataset.stats,
         "backbone": checksum(net.backbone),
     }
-    clips = load_in_new_orders(settings, dataset)
+    train = load_in_new_orders(settings, dataset)
     val = load_in_order(settings, open_split(settings, "val", facts))
     test = load_in_order(settings, open_split(settings, "test", facts))
 
@@ -306,14 +306,14 @@ def train_avs(settings, net):
             break
         start = time.time()
         set_rates(settings, optimizer, epoch)
-        seed_dropout(settings, epoch)
+        seed_epoch(settings, epoch)
         model.train()
         losses = []  # of each step
-        for batch in batches(clips, epoch):
+        for batch in batches(train, epoch):
             frames, spectrograms, masks = on_device(settings, batch)
             # S4 has a mask of the first frame only (AVS/avs_scripts/avs_s4/loss.py:17-24). Without
-            # TPAVI the seconds meet in the adapters' batch statistics alone, so that a toy can do
-            # without the other four.
+            # TPAVI the seconds meet only in the adapters' batch statistics, so that a toy leaves
+            # the other four out.
             if settings.first_second:
                 frames = frames[:, :1]  # (B,1,3,S,S)
                 spectrograms = spectrograms[:, :1]
@@ -395,7 +395,7 @@ def train_avqa(settings, net):
         "stats": dataset.stats,
         "backbone": checksum(net.backbone),
     }
-    clips = load_in_new_orders(settings, dataset)
+    train = load_in_new_orders(settings, dataset)
     val = load_in_order(settings, open_split(settings, "val", facts))
     test = load_in_order(settings, open_split(settings, "test", facts))
 
@@ -409,10 +409,10 @@ def train_avqa(settings, net):
             break
         start = time.time()
         set_rates(settings, optimizer, epoch)
-        seed_dropout(settings, epoch)
+        seed_epoch(settings, epoch)
         model.train()
         losses = []  # of each step
-        for batch in batches(clips, epoch):
+        for batch in batches(train, epoch):
             # One stream alone has no negatives: a match takes two.
             frames, spectrograms, question, *negatives, answer = on_device(settings, batch)
             with autocast(settings):
@@ -486,7 +486,7 @@ def train_ucf101(settings, net):
         "stats": dataset.stats,
         "backbone": checksum(net.backbone),
     }
-    clips = load_in_new_orders(settings, dataset)
+    train = load_in_new_orders(settings, dataset)
     val = load_in_order(settings, open_split(settings, "val", facts))
     test = load_in_order(settings, open_split(settings, "test", facts))
 
@@ -500,10 +500,10 @@ def train_ucf101(settings, net):
             break
         start = time.time()
         set_rates(settings, optimizer, epoch)
-        seed_dropout(settings, epoch)
+        seed_epoch(settings, epoch)
         model.train()
         losses = []  # of each step
-        for batch in batches(clips, epoch):
+        for batch in batches(train, epoch):
             frames, spectrograms, label = on_device(settings, batch)
             with autocast(settings):
                 logits = parallel(frames, spectrograms)  # (B,classes)
@@ -576,8 +576,8 @@ SCORERS = {
 def open_split(settings, split, facts=None):
     """One split, with every file known to be there.
 
-    facts: of the training split, by which the model was built. They hold for the other splits, and
-    for every data set that a run is scored on later; a data set of others is refused."""
+    facts: of the training split. Its statistics and its vocabulary are used here too. Classes and
+    mask size must be the same here; InputError otherwise."""
     facts = facts or {}
     options = {"stats": facts.get("stats")}
     if settings.task == "ave":
@@ -615,7 +615,7 @@ def make_loader(settings, dataset, sampler):
         settings.batch_size,
         sampler=sampler,
         num_workers=min(settings.workers, cores()),  # more of them only slow each other down
-        # Of its own, so that the loader does not draw from the random numbers of dropout.
+        # One of its own, so that the loader does not use up the random numbers of dropout.
         generator=torch.Generator(),
     )
 
@@ -628,7 +628,8 @@ def cores():
 
 
 def batches(loader, epoch):
-    """The training batches of an epoch: another order, and for AVQA other negatives, in each."""
+    """The training batches of an epoch. The sampler shuffles them in an order of this epoch; AVQA's
+    negatives are other ones too."""
     loader.sampler.set_epoch(epoch)
     if isinstance(loader.dataset, data.NegativeFrames):
         loader.dataset.set_epoch(epoch)
@@ -664,7 +665,7 @@ def make_net(settings):
                 print("--compile: the first steps take some minutes")
         else:
             net = lavish.OneStream(backbone, settings.modality, *adapter[1:])
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # also too many latents for the memory
         raise InputError(f"{settings.backbone} with these options: {error}") from None
     return net
 
@@ -705,16 +706,18 @@ def make_optimizer(settings, model):
 
     The supplementary gives 3e-6 to "the grounding modules and the final prediction layer" of AVQA's
     head; the rest (embedding, LSTM, question, input projections, fusion) has head_lr."""
-    rates = {"net": "lr"}  # the adapters are in it, and the backbone, which is frozen
+    # The setting that holds the rate of each part. The net has the adapters, and the backbone,
+    # which is frozen.
+    rate_names = {"net": "lr"}
     if settings.task == "avqa":
         for module in ("audio_out", "visual_out", "match", "when_heard", "when_seen", "answer"):
-            rates[module] = "grounding_lr"
+            rate_names[module] = "grounding_lr"
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             module = name.split(".")[0]
-            groups[rates.get(module, "head_lr")].append(parameter)
-    parts = [{"params": group, "rate": rate} for rate, group in groups.items()]
+            groups[rate_names.get(module, "head_lr")].append(parameter)
+    parts = [{"params": group, "rate_name": name} for name, group in groups.items()]
     # Adapters are many small tensors. foreach updates them in fewer calls, to the same bits, which
     # saves a tenth of a toy's step.
     return torch.optim.Adam(parts, foreach=True)
@@ -818,7 +821,7 @@ def rank():
 
 
 def processes():
-    """How many there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -829,7 +832,7 @@ def wait_for_all():
 
 
 def in_parallel(model):
-    """What to call in training."""
+    """The model to call in training: in DistributedDataParallel, if there are several processes."""
     if not dist.is_initialized():
         return model
     # Some runs have parameters that no loss reaches: the last adapter of the audio stream, where
@@ -882,7 +885,7 @@ def best_epoch(log):
 
     Of equal ones it is the first; released AVE and AVQA keep the last (AVE/main_trans.py:231,
     AVQA/net_grd_avst/main_avst.py:300)."""
-    scores = [entry["val"] for entry in log]  # of each epoch
+    scores = [done["val"] for done in log]  # of each epoch
     return scores.index(max(scores)) + 1 if scores else 0
 
 
@@ -890,13 +893,14 @@ def set_rates(settings, optimizer, epoch):
     """Give each part of the model its learning rate in this epoch, counted from 0."""
     decay = 1.0
     if settings.linear_decay:
-        # On a line from 1, at the start of the run, to 0, at its end: in the middle of this epoch.
+        # A line from 1, at the start of the run, to 0, at its end. An epoch has the value at its
+        # middle.
         decay = 1 - (epoch + 0.5) / settings.epochs
     for group in optimizer.param_groups:
-        group["lr"] = getattr(settings, group["rate"]) * decay
+        group["lr"] = getattr(settings, group["rate_name"]) * decay
 
 
-def seed_dropout(settings, epoch):
+def seed_epoch(settings, epoch):
     """Each epoch has noise of its own, and so has each process of torchrun."""
     torch.manual_seed((settings.seed * 1000 + epoch) * 1000 + rank())
 
@@ -907,7 +911,7 @@ def autocast(settings):
 
 
 def on_device(settings, tensors):
-    """The tensors on the run's device."""
+    """A list of the tensors, moved to the run's device."""
     return [tensor.to(settings.device) for tensor in tensors]
 
 
@@ -971,17 +975,17 @@ def finish(settings, facts, model, log, test, scores):
     print(f"{'trainable of all parameters':45} {trained:,} of {total:,}")
     *clip, truth = first_with_error(settings, model, test.dataset)
     rows = rows_of(settings, clip)
-    answers = {"found": answer(settings, model, clip), "true": truth}
+    answers = {"found": predict_clip(settings, model, clip), "true": truth}
     rows.update(rows_of_answers(settings, facts, clip, answers))
     draw(rows, f"{settings.out}/test.png")
     result = {
         "test": list(scores.values())[0],
         "scores": scores,
         "log": log,
-        "seconds": sum(epoch["seconds"] for epoch in log),
+        "seconds": sum(done["seconds"] for done in log),
         "gflop": count_gflop(settings, model),
         "settings": asdict(settings),
-        "code": checksum_of_code(),
+        "code": CODE,
     }
     data.write_lines([json.dumps(result, indent=1)], f"{settings.out}/result.json")
     os.remove(f"{settings.out}/state.pt")  # nothing is left to resume
@@ -995,6 +999,9 @@ def checksum_of_code():
         with open(module.__file__, "rb") as file:
             value = zlib.crc32(file.read(), value)
     return value
+
+
+CODE = checksum_of_code()  # at the start: a file may be edited while a run goes on
 
 
 def print_scores(scores):
@@ -1068,7 +1075,7 @@ def predict(folder, videos, given):
     settings, facts, model = open_run(folder, given)
     os.makedirs(pictures, exist_ok=True)
     faults = []
-    for number, video in enumerate(videos):
+    for video in videos:
         try:
             frames, spectrograms, *question = read_video(settings, facts, video)
         except InputError as error:
@@ -1079,19 +1086,19 @@ def predict(folder, videos, given):
         for start in range(0, len(frames), length):
             end = start + length
             clip = [frames[start:end], spectrograms[start:end], *question]
-            found = answer(settings, model, clip)
+            found = predict_clip(settings, model, clip)
             if settings.task != "avs":
                 for t, name in enumerate(names_of(facts, found), start):
                     print(f"{video}, from {t} s: {name}")
             rows = rows_of(settings, clip)
             rows.update(rows_of_answers(settings, facts, clip, {"found": found}))
-            run = basename(normpath(folder))  # so that two runs do not write the same picture
-            name = f"{run}-{number}-{basename(video)}-{start:04d}.png"
-            draw(rows, f"{pictures}/{name}")
+            # Both paths, so that no other run and no other video writes the same picture.
+            name = f"{normpath(folder)}-{normpath(video)}".replace(os.sep, "-").lstrip("-.")
+            draw(rows, f"{pictures}/{name}-{start:04d}.png")
     require(not faults, f"{len(faults)} of {len(videos)} videos could not be read: {faults}")
 
 
-def answer(settings, model, clip):
+def predict_clip(settings, model, clip):
     """What the net says to a clip, its inputs without a batch: masks (T,M,M), labels (T,), or one
     answer or action ()."""
     logits = logits_of(settings, model, [x[None] for x in clip])[0]
@@ -1114,7 +1121,8 @@ def read_video(settings, facts, video):
         task != "ucf101" and not settings.extra_audio,
         "videos are for ave (without --extra-audio), avs and avqa",
     )
-    require((settings.question != "") == (task == "avqa"), "avqa, and no other, wants --question")
+    words = settings.question.strip().rstrip("?\uff1f").split()
+    require((words != []) == (task == "avqa"), "avqa, and no other, wants --question")
     with tempfile.TemporaryDirectory() as folder:
         paths, wav = data.video_files(folder, data.extract_video(video, folder))
         count = settings.moments if task == "avqa" else len(paths)
@@ -1123,7 +1131,6 @@ def read_video(settings, facts, video):
         seconds = data.seconds_of(data.read_wav(wav), len(paths))[chosen]  # (T,16000)
     clip = [frames, data.spectrograms_of(seconds, settings.image_size, facts["stats"])]
     if task == "avqa":
-        words = settings.question.strip().rstrip("?\uff1f").split()
         clip.append(data.encode(words, facts["vocabulary"]))
     return clip
 
@@ -1134,8 +1141,9 @@ def read_video(settings, facts, video):
 
 
 def look(folder, videos, given):
-    """Print the gates of a trained run and what shutting each g_av changes; draw where the latents
-    of the two adapters look that change most. For AVS draw one frame beside other sounds instead.
+    """Print the gates of a trained run, and the score with each g_av at 0. Draw where the latents
+    look, for the two adapters without which the score is lowest. For AVS draw one frame beside
+    other sounds instead.
 
     folder: of the run; videos: one to look at, or none for the test split."""
     require(len(videos) < 2, "look takes the folder of a run and at most one video")
@@ -1152,16 +1160,16 @@ def look(folder, videos, given):
         test = load_in_order(settings, open_split(settings, "test", facts))
     if not videos:
         *clip, truth = first_with_error(settings, model, test.dataset)
-    untouched = answer(settings, model, clip)
+    untouched = predict_clip(settings, model, clip)
 
     def score():
         """Of the test split; of a video the share of its labels or pixels that are as before."""
         if videos:
-            return (answer(settings, model, clip) == untouched).float().mean().item()
+            return (predict_clip(settings, model, clip) == untouched).float().mean().item()
         scores = SCORERS[settings.task](settings, facts, model, test)
         return list(scores.values())[0]
 
-    print(f"{'adapter':38}      g    g_av   score with g_av at 0, of {score():.4f}")
+    print(f"{'adapter':38}      g    g_av   score with g_av at 0 (untouched {score():.4f})")
     scores = {}  # {name of an adapter: score without what it reads}
     for name, adapter in adapters.items():
         gate = adapter.gate_av.item()
@@ -1186,7 +1194,7 @@ def first_with_error(settings, model, dataset):
     first one."""
     for i in range(len(dataset)):
         *clip, truth = dataset[i]
-        if not torch.equal(answer(settings, model, clip), truth):
+        if not torch.equal(predict_clip(settings, model, clip), truth):
             return [*clip, truth]
     return dataset[0]
 
@@ -1206,10 +1214,10 @@ def adapters_with_latents(net):
 
 def rows_of_latents(settings, model, clip, name, adapter):
     """{name of a row: the picture that a latent reads, as bright as its weight there}, for each
-    latent of an adapter. The name says how many times an even look the greatest weight is."""
+    latent of an adapter. The name gives the greatest weight; 1.0 x even is a uniform one."""
     inputs = []
     hook = adapter.register_forward_pre_hook(lambda module, tokens: inputs.extend(tokens))
-    answer(settings, model, clip)
+    predict_clip(settings, model, clip)
     hook.remove()
     _, other = inputs  # (BT,N,d)
     with torch.no_grad():
@@ -1236,7 +1244,7 @@ def rows_of_latents(settings, model, clip, name, adapter):
 
 def swap_sounds(settings, facts, model, clip, dataset):
     """{name of a row: tiles} of an intervention: the frame of a clip beside the sounds of clips of
-    other categories, and the masks found, also with what sight reads of the sound shut off."""
+    other categories, and the masks found; in the last row all g_av are 0."""
     frames, _, *_ = clip
     sounds = {}  # {category: spectrogram (S,S)}
     for i, (_, category) in enumerate(dataset.clips):
@@ -1249,10 +1257,10 @@ def swap_sounds(settings, facts, model, clip, dataset):
     swapped = [frames[:1].expand(len(heard), -1, -1, -1), heard]
     rows = rows_of(settings, swapped)
     rows["heard"] = [*sounds, "noise"]
-    rows["mask found"] = answer(settings, model, swapped)[:, None].float()
+    rows["mask found"] = predict_clip(settings, model, swapped)[:, None].float()
     for adapter in adapters_with_latents(model.net).values():
         adapter.gate_av.data.zero_()
-    rows["with g_av at 0"] = answer(settings, model, swapped)[:, None].float()
+    rows["with g_av at 0"] = predict_clip(settings, model, swapped)[:, None].float()
     return rows
 
 
@@ -1295,8 +1303,8 @@ def rows_of_answers(settings, facts, clip, answers):
 def draw(rows, path):
     """Write a picture as PNG: a row for each name, a column for each second.
 
-    rows: {name: T images (T,1 or 3,H,W) from 0 to 1, or T texts}. A text may run on to the right
-    over columns without any."""
+    rows: {name: T images (T,1 or 3,H,W) from 0 to 1, or T texts}. A long text goes on over
+    the empty columns to its right."""
     strips = []
     for name, tiles in rows.items():
         if torch.is_tensor(tiles):
@@ -1341,10 +1349,10 @@ def report(folders):
             settings.data = basename(normpath(settings.data))
             same = replace(settings, out="", seed=0, workers=0, device="", resume=False)
             code = result.get("code")  # runs of before have none
-            row = (settings.task, result["test"], result["seconds"], result["gflop"], folder)
-        except (KeyError, TypeError) as error:
+            numbers = [float(result[name]) for name in ("test", "seconds", "gflop")]
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
-        groups[f"{same} {code}"].append(row)
+        groups[f"{same} {code}"].append([settings.task, *numbers, folder])
     print("task      test  +- std   n      GFLOP  seconds  the first of them")
     for rows in groups.values():
         task, tests, seconds, gflop, folders = zip(*rows)
@@ -1477,6 +1485,7 @@ def settings_of(recipe, given):
 
     Raises InputError for a number or a device that no task can work with."""
     settings = replace(recipe, **given)
+    require(settings.device != "meta", "--device meta computes nothing")
     try:
         torch.zeros(1, device=settings.device)
     except (RuntimeError, AssertionError) as error:
@@ -1494,6 +1503,9 @@ def settings_of(recipe, given):
     ):
         require(getattr(settings, name) > 0, f"--{name.replace('_', '-')} must be at least 1")
     for name in ("workers", "latents", "seed", "patience"):
+        fits = 0 <= getattr(settings, name) < 10**9
+        require(fits, f"--{name.replace('_', '-')} must be at least 0 and below 10^9")
+    for name in ("lr", "head_lr", "grounding_lr"):
         require(getattr(settings, name) >= 0, f"--{name.replace('_', '-')} must be at least 0")
     for name, unit in (("channels", 8), ("hidden", 4)):
         fits = getattr(settings, name) % unit == 0
@@ -1523,7 +1535,7 @@ def train_task(task, given):
     to_make = settings.data == toy  # if it is not there
     require(to_make or exists(settings.data), f"--data: there is no {settings.data}")
     net = make_net(settings)  # before data are made or read: it refuses options that do not fit
-    weights_path(settings)  # and this a wrong --weights
+    weights_path(settings)  # refuses a wrong --weights; the path is not needed yet
     join_processes(settings.device)
     if rank() == 0:
         if to_make and not exists(toy):
@@ -1531,11 +1543,11 @@ def train_task(task, given):
         make_weights(settings)
         os.makedirs(out, exist_ok=settings.resume)
     wait_for_all()
-    load_weights(settings, net)
     try:
+        load_weights(settings, net)
         LOOPS[task](settings, net)
     finally:
-        with suppress(OSError):  # which says that it is not empty: an epoch was done
+        with suppress(OSError):  # the folder is not empty: an epoch was done, keep it
             os.rmdir(out)
     if dist.is_initialized():
         wait_for_all()  # a process that leaves early, with the group open, may abort
