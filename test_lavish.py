@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import runpy
@@ -649,6 +650,25 @@ def test_features_beside_the_sound_enter_aves_head():
     first, second = model.head
     logits = dense(second, dense(first, features)).float()
     assert_close(model(frames, spectrograms, extra), logits)
+
+
+def test_a_swin_from_scratch_starts_near_the_identity():
+    """The toys pretrain one, and with norms that start at one it would not learn.
+
+    Linear layers start at a deviation of 0.02 and the temperature at 1 / 10, as torchvision's.
+    """
+    torch.manual_seed(0)
+    for name, start in lavish.make_backbone("nano").features[1:].named_parameters():
+        if start.dim() == 2:
+            assert 0.017 < start.std() < 0.023, name
+        elif "norm1.weight" in name or "norm2.weight" in name:
+            assert start.unique().item() == pytest.approx(0.2), name
+        elif "norm.weight" in name:
+            assert start.unique() == 1, name
+        elif "logit_scale" in name:
+            assert start.unique().item() == pytest.approx(math.log(10)), name
+        else:
+            assert not start.any(), name
 
 
 @parametrize("tpavi", [False, True])
