@@ -1857,6 +1857,24 @@ def test_a_template_is_filled_however_it_is_spaced(text):
     assert data.fill_template(text, ["flute"]) == ["Is", "the", "flute", "loud"]
 
 
+def test_empty_lines_and_other_files_are_no_items(roots):
+    """Editors leave an empty line at the end, systems a thumbnail among the frames."""
+    before = dataset("ave")
+    for path in Path("ave").glob("*.txt"):
+        path.write_text("\n" + path.read_text().replace("\n", "\n\n"))
+    for name in (".DS_Store", "0.png", "thumb.jpg", "1.jpg.part"):
+        Path("ave/video_frames/x_1", name).write_text("no frame")
+    after = dataset("ave")
+    assert after.clips == before.clips
+    assert after.files(0) == before.files(0)
+
+
+def test_a_mask_of_another_size_is_refused(roots):
+    """All masks of a batch are one tensor."""
+    Image.new("L", (24, 30)).save(MASK)
+    refuses("a_2.png is 24 x 30; make all masks square", dataset("avs").__getitem__, 0)
+
+
 def test_check_reads_frames_that_only_a_negative_may_be(roots, capsys):
     """Training draws negatives from all frames of a video, also from those between the moments."""
     rows = json.loads(Path("avqa/avqa-train.json").read_text())
