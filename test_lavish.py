@@ -508,6 +508,15 @@ def test_the_decoder_of_masks_is_avsbenchs(tpavi):
     assert_close(logits, naive_decoder(model, visual, audio))
 
 
+def test_the_decoder_of_masks_has_avsbenchs_widths():
+    """Those of PVT (avs_s4/model/PVT_AVSModel.py), and half and an eighth of 256 for the mask."""
+    model = AVS(tiny_lavish(), 224, 256)
+    assert [linear.out_features for linear in model.project] == [64, 128, 320]
+    assert [context.convs[0].in_channels for context in model.context] == [64, 128, 320]
+    shapes = [(m.out_channels, m.kernel_size[0]) for m in model.mask if isinstance(m, nn.Conv2d)]
+    assert shapes == [(128, 3), (32, 3), (1, 1)]
+
+
 def dense(layer, x):
     """A linear layer."""
     return x @ layer.weight.T + layer.bias
@@ -550,6 +559,16 @@ def naive_grounding_in_space(model, tokens, heard):
     unit_length = tokens / tokens.norm(dim=-1, keepdim=True)
     place = torch.einsum("bn,bnd->bd", cosine.softmax(-1), unit_length)
     return dense(model.visual_out, torch.cat([tokens.mean(1), place], -1).tanh())
+
+
+def test_grounding_in_time_has_four_heads():
+    """Two would answer differently. The weights are large, so that it attends to something."""
+    module = lavish.TemporalGrounding(8).double().eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=2)
+    question = torch.randn(2, 8).double()
+    seconds = torch.randn(2, 5, 8).double()
+    assert_close(module(question, seconds), naive_grounding_in_time(module, question, seconds))
 
 
 def test_the_head_of_answers_is_music_avqas():
@@ -2250,6 +2269,7 @@ def test_real_data_gets_the_supplementarys_numbers(roots, monkeypatch, task, wan
     [
         ("ave --backbone=huge", "unknown backbone 'huge'"),
         ("ave --reduction=7", "no multiple of reduction 7"),
+        ("ave --backbone=resnet_nano --image-size=36", "36 is no multiple of 16"),
         ("ave --epochs=0", "--epochs must be at least 1"),
         ("ave --lr=-1", "--lr must be at least 0"),
         ("ave --seed=9999999999999999999", "--seed must be at least 0 and below"),
