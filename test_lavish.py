@@ -1784,6 +1784,8 @@ def test_a_video_is_read_once_for_questions_in_a_row_and_a_toy_once_for_all(root
         ("avs/s4_meta_data.csv", b"test", b"val", "lists no test clips"),
         ("avs/s4_meta_data.csv", b"split.*\n", b"", "s4_meta_data.csv: no name, category or split"),
         ("avqa/avqa-test.json", b"(?s).*", b"null", "avqa-test.json"),
+        ("avqa/avqa-test.json", b"(?s).*", b"[]", "avqa-test.json should hold a list"),
+        ("avqa/avqa-test.json", b"(?s).*", b'{"a": 1}', "avqa-test.json should hold a list"),
         ("avqa/avqa-test.json", b"anser", b"answer", "avqa-test.json, question 1: .*anser"),
         ("avqa/avqa-test.json", b'"video_id": "-0 1", ', b"", "question 1: .*video_id"),
         ("avqa/avqa-test.json", b'"no"', b'"maybe"', "avqa-test.json: .*'maybe'"),
