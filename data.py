@@ -580,16 +580,21 @@ def read_questions(path):
 def fill_template(text, values):
     """The words of a question: "Is the <Object> loud?" and ["flute"] -> Is the flute loud.
 
-    As in the release (dataloader_avst.py:235-242): the question mark goes (one template has a
-    full-width one), and each word with a "<" becomes the next value.
+    As in the release (dataloader_avst.py:235-242) each word with a "<" becomes the next value.
     """
-    words = text.rstrip("?\uff1f \n").split()
+    words = words_of(text)
     used = 0
     for position, word in enumerate(words):
         if "<" in word:
             words[position] = str(values[used])
             used += 1
     return words
+
+
+def words_of(text):
+    """The words of a question without its question mark, of which one template has a full-width
+    one."""
+    return re.sub(r"[\s?\uff1f]+$", "", text).split()
 
 
 def make_vocabulary(questions):

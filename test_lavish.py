@@ -2366,13 +2366,18 @@ def test_avqa_has_the_published_rates(toys, monkeypatch):
             rates[parameter] = group["rate_name"]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            module = name.split(".")[0]
-            assert rates[parameter] == RATES.get(module, "grounding_lr")
+            assert rates[parameter] == rate_of(name, "avqa")
 
 
 RATES = {"net": "lr"}
 RATES.update(dict.fromkeys(("embedding", "lstm", "question"), "head_lr"))
 RATES.update(dict.fromkeys(("audio_in", "visual_in", "fusion"), "head_lr"))
+
+
+def rate_of(name, task):
+    """The setting that is the learning rate of a parameter; AVQA's head has two of them."""
+    module = name.split(".")[0]
+    return RATES.get(module, "grounding_lr" if task == "avqa" else "head_lr")
 
 
 @parametrize("task", ["ave", "avqa"])
@@ -2470,16 +2475,6 @@ def test_losses_are_those_of_the_papers(toys, monkeypatch, task, loss_by_hand):
     assert losses("run") == [pytest.approx(np.mean(by_hand), rel=1e-4)]
 
 
-def rate_of(name, settings):
-    """The learning rate of a parameter, by the supplementary: 3e-6 for "the grounding modules and
-    the final prediction layer" of AVQA."""
-    module = name.split(".")[0]
-    if module == "net":
-        return settings.lr
-    grounding = ("audio_out", "visual_out", "match", "when_heard", "when_seen", "answer")
-    return settings.grounding_lr if module in grounding else settings.head_lr
-
-
 @parametrize("task, loss_by_hand", LOSSES)
 def test_a_run_is_a_plain_loop(toys, monkeypatch, task, loss_by_hand):
     """Two epochs by another loop, with an Adam for each parameter, have the same losses.
@@ -2511,7 +2506,7 @@ def test_a_run_is_a_plain_loop(toys, monkeypatch, task, loss_by_hand):
         loss.backward()
         for name, adam in adams.items():
             falling = 0.75 if epoch == 0 else 0.25  # a line from 1 to 0, in the middle of the epoch
-            adam.param_groups[0]["lr"] = falling * rate_of(name, settings)
+            adam.param_groups[0]["lr"] = falling * getattr(settings, rate_of(name, task))
             adam.step()
     means = [np.mean(by_hand[:in_an_epoch]), np.mean(by_hand[in_an_epoch:])]
     assert losses("run") == pytest.approx(means, rel=1e-4)

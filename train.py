@@ -1121,7 +1121,7 @@ def read_video(settings, facts, video):
         task != "ucf101" and not settings.extra_audio,
         "videos are for ave (without --extra-audio), avs and avqa",
     )
-    words = settings.question.strip().rstrip("?\uff1f").split()
+    words = data.words_of(settings.question)
     require((words != []) == (task == "avqa"), "avqa, and no other, wants --question")
     with tempfile.TemporaryDirectory() as folder:
         paths, wav = data.video_files(folder, data.extract_video(video, folder))
@@ -1470,14 +1470,18 @@ def parse(arguments):
     parser.add_argument("command", choices=[*LOOPS, "eval", "predict", "look", "report", "bench"])
     parser.add_argument("paths", nargs="*", help="runs and videos; eval and bench take one")
     for setting in fields(Settings)[1:]:
-        name = f"--{setting.name.replace('_', '-')}"
         if setting.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         else:
             kind = {"type": setting.type, "choices": CHOICES.get(setting.name)}
-        parser.add_argument(name, help=argparse.SUPPRESS, **kind)
+        parser.add_argument(option(setting.name), help=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_intermixed_args(arguments))  # only what was typed, by SUPPRESS
     return given.pop("command"), given.pop("paths", []), given
+
+
+def option(name):
+    """The option of a setting: head_lr -> --head-lr."""
+    return f"--{name.replace('_', '-')}"
 
 
 def settings_of(recipe, given):
@@ -1501,12 +1505,12 @@ def settings_of(recipe, given):
         "hidden",
         "repeat",
     ):
-        require(getattr(settings, name) > 0, f"--{name.replace('_', '-')} must be at least 1")
+        require(getattr(settings, name) > 0, f"{option(name)} must be at least 1")
     for name in ("workers", "latents", "seed", "patience"):
         fits = 0 <= getattr(settings, name) < 10**9
-        require(fits, f"--{name.replace('_', '-')} must be at least 0 and below 10^9")
+        require(fits, f"{option(name)} must be at least 0 and below 10^9")
     for name in ("lr", "head_lr", "grounding_lr"):
-        require(getattr(settings, name) >= 0, f"--{name.replace('_', '-')} must be at least 0")
+        require(getattr(settings, name) >= 0, f"{option(name)} must be at least 0")
     for name, unit in (("channels", 8), ("hidden", 4)):
         fits = getattr(settings, name) % unit == 0
         require(fits, f"--{name} must be a multiple of {unit}")
