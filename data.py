@@ -312,10 +312,10 @@ class AVEDataset(Dataset):
         path = f"{root}/{split}Set.txt"
         self.lines = read_lines(path)
         self.clips = []  # (video, label, start, end)
-        for number, line in enumerate(self.lines, 1):
+        for line in self.lines:
             match = re.fullmatch(r"(.+)&(.+)&.*&(\d|10)&(\d|10)", line)  # times are 0 to 10
             fault = (
-                f"{path}, line {number}: {line!r} is not Category&VideoID&Quality&Start&End with a "
+                f"{path}: {line!r} is not Category&VideoID&Quality&Start&End with a "
                 "category of Annotations.txt and 0 <= Start < End <= 10, or 0 and 0"
             )
             require(match and match[1] in self.classes, fault)
@@ -687,12 +687,11 @@ class UCF101Dataset(Dataset):
         name = "testlist01" if split == "test" else "trainlist01"
         path = f"{root}/{name}.txt"
         self.clips = []  # (video, label)
-        for number, line in enumerate(read_lines(path), 1):
+        for line in read_lines(path):
             match = re.fullmatch(r"(\w+)/(\w+_g(\d\d)_c\d\d)\.avi( \d+)?", line)
             require(
                 match and match[1] in self.classes,
-                f"{path}, line {number}: {line!r} is not CLASS/v_NAME_gGG_cCC.avi with a class of "
-                "classInd.txt",
+                f"{path}: {line!r} is not CLASS/v_NAME_gGG_cCC.avi with a class of classInd.txt",
             )
             # The folder names the class. File names differ in case: the real list has
             # HandstandPushups/v_HandStandPushups_g01_c01.avi.

@@ -1770,10 +1770,10 @@ def test_a_video_is_read_once_for_questions_in_a_row_and_a_toy_once_for_all(root
 @parametrize(
     "file, old, new, fault",
     [
-        ("ave/testSet.txt", b"Frying", b"Whale", "testSet.txt, line 1: 'Whale"),
+        ("ave/testSet.txt", b"Frying", b"Whale", "testSet.txt: 'Whale"),
         ("ave/testSet.txt", b"(?s).*", b"", "testSet.txt is empty"),
-        ("ave/testSet.txt", b"2&4", b"4&2", "testSet.txt, line 2: 'Church bell.*Start < End"),
-        ("ave/testSet.txt", b"2&4", b"3&3", "testSet.txt, line 2: 'Church bell.*Start < End"),
+        ("ave/testSet.txt", b"2&4", b"4&2", "testSet.txt: 'Church bell.*Start < End"),
+        ("ave/testSet.txt", b"2&4", b"3&3", "testSet.txt: 'Church bell.*Start < End"),
         ("ave/Annotations.txt", b"Frying", b"\xff", "Annotations.txt is not UTF-8"),
         ("ave/fbank32.json", b"2.0.*", b"", "fbank32.json is not .mean, std."),
         ("ave/fbank32.json", b"2.0", b"0", "fbank32.json is not .mean, std."),
@@ -1786,7 +1786,7 @@ def test_a_video_is_read_once_for_questions_in_a_row_and_a_toy_once_for_all(root
         ("avqa/avqa-test.json", b'"video_id": "-0 1", ', b"", "question 1: .*video_id"),
         ("avqa/avqa-test.json", b'"no"', b'"maybe"', "avqa-test.json: .*'maybe'"),
         ("avqa/avqa-test.json", b"than", b"than the the", "Is the guzheng .*more than 7"),
-        ("ucf101/testlist01.txt", b"/", b" ", "testlist01.txt, line 1"),
+        ("ucf101/testlist01.txt", b"/", b" ", "testlist01.txt: "),
     ],
 )
 def test_lists_of_a_wrong_form_are_refused(roots, file, old, new, fault):
@@ -2537,12 +2537,36 @@ def test_the_order_changes_with_the_epoch_and_the_rates_fall(toys, monkeypatch, 
         step(optimizer)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    main(f"ave --data={toys}/ave --epochs=3 --lr=0.1 --head-lr=0.2 --out=run {option}")
+    main(f"ave --data={toys}/ave --epochs=3 --lr=0.1 --head-lr=0.2 --seed=7 --out=run {option}")
     assert np.allclose(rates, np.outer(wanted, [0.1, 0.2]))
     items = data.AVEDataset(f"{toys}/ave", "train", SIZE)
     for epoch, batch in enumerate(batches):
-        shuffled = torch.randperm(len(items), generator=torch.Generator().manual_seed(epoch))
+        shuffled = torch.randperm(len(items), generator=torch.Generator().manual_seed(7 + epoch))
         assert_same(batch[0], torch.stack([items[k][0] for k in shuffled]))
+
+
+def test_clips_are_read_by_at_most_a_process_a_core_and_use_up_no_random_numbers(monkeypatch):
+    """Those of dropout follow from the epoch; a loader draws a number whenever it starts."""
+    items = torch.arange(4)
+    settings = train.replace(train.TOY["ave"], workers=2, batch_size=2)
+    for cores, workers in ((1, 1), (8, 2)):
+        monkeypatch.setattr(train, "cores", Mock(return_value=cores))
+        assert train.load_in_order(settings, items).num_workers == workers
+
+    train.seed_epoch(settings, 0)
+    loader = train.load_in_order(train.replace(settings, workers=0), items)
+    before = torch.get_rng_state()
+    assert_same(list(loader), [torch.tensor([0, 1]), torch.tensor([2, 3])])
+    assert_same(torch.get_rng_state(), before)
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    """A Mac cannot say it: then they are those of the machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert train.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert train.cores() == 64
 
 
 def test_negatives_are_drawn_anew_in_each_epoch_of_a_run(toys, monkeypatch):
@@ -2806,6 +2830,14 @@ def test_look_draws_what_the_latents_of_two_adapters_read(toys, capsys, monkeypa
         assert (rows[name] <= shown + 1e-6).all()
         assert ((rows[name] - shown).abs() < 1e-6).flatten(1).any(1).all()
     assert height > 116 * (2 + len(latents))
+
+
+def test_a_long_name_of_a_row_is_drawn_whole():
+    """Beside tiles and beside texts: its second line was cut there."""
+    train.draw({"a name of a row that is long": ["1", "2"]}, "long.png")
+    picture = data.read_image("long.png")
+    assert picture.shape == (3, 2 * 28, 190 + 6 * (train.TILE + 4))
+    assert picture[:, 28:, :190].min() < 100  # the second line
 
 
 def test_an_attention_map_is_as_large_as_the_picture_it_is_of():

@@ -1307,14 +1307,16 @@ def draw(rows, path):
     the empty columns to its right."""
     strips = []
     for name, tiles in rows.items():
+        name = textwrap.fill(name, 20)
         if torch.is_tensor(tiles):
             tiles = F.interpolate(tiles.expand(-1, 3, -1, -1), (TILE, TILE))
             tiles = F.pad(tiles, (0, 4, 0, 4), value=1)  # (T,3,116,116), with a white edge
             strip = torch.cat([*tiles], 2)  # (3,116,T*116)
         else:
             texts = [*tiles, *[""] * (6 - len(tiles))]  # room for a question above one column
-            strip = write_texts(texts, TILE + 4, 28)  # (3,28,T*116)
-        label = write_texts([textwrap.fill(name, 20)], 190, strip.shape[1])
+            height = 28 * (name.count("\n") + 1)  # of the lines of the name
+            strip = write_texts(texts, TILE + 4, height)  # (3,height,T*116)
+        label = write_texts([name], 190, strip.shape[1])
         strips.append(torch.cat([label, strip], 2))
     width = max(strip.shape[2] for strip in strips)
     strips = [F.pad(strip, (0, width - strip.shape[2]), value=1) for strip in strips]
