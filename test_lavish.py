@@ -2834,8 +2834,8 @@ def test_look_draws_what_the_latents_of_two_adapters_read(toys, capsys, monkeypa
 
 def test_a_long_name_of_a_row_is_drawn_whole():
     """Beside tiles and beside texts: its second line was cut there."""
-    train.draw({"a name of a row that is long": ["1", "2"]}, "long.png")
-    picture = data.read_image("long.png")
+    train.draw({"a name of a row that is long": ["1", "2"]}, "./long.png")
+    picture = data.read_image("./long.png")
     assert picture.shape == (3, 2 * 28, 190 + 6 * (train.TILE + 4))
     assert picture[:, 28:, :190].min() < 100  # the second line
 
