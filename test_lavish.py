@@ -2313,6 +2313,8 @@ FACTS = {"classes": "abcd", "mask_size": 32, "vocabulary": {"words": "abc", "ans
         ("ave", "--reduction=4", "net.audio_adapters.0.0.bn_down.weight", (8,)),
         ("ave", "--groups=1", "net.audio_adapters.0.0.down.0.weight", (4, 32)),
         ("ave", "--modality=v", "net.adapters.0.0.gate", (1,)),
+        ("ave", "--modality=v --reduction=4", "net.adapters.0.0.down.0.weight", (4, 16)),
+        ("ave", "--modality=v --groups=1", "net.adapters.0.0.down.0.weight", (4, 32)),
         ("ave", "--one-direction", "net.audio_adapters.0.0.latents", None),
         ("ave", "--extra-audio=vggish.npy", "head.0.weight", (512, 2 * 128 + 128)),
         ("avs", "--tpavi", "tpavi.0.theta.weight", (32, 64)),
@@ -2713,6 +2715,37 @@ def test_nano_is_pretrained_where_it_is_missing(toys, monkeypatch):
     weights = data.load_tensors("toy/nano.pt")
     assert weights.keys() == lavish.make_backbone("nano").state_dict().keys()
     assert result("runs/ave")["settings"]["data"] == "toy/ave"
+
+
+def test_pretraining_is_the_same_for_every_seed_and_uses_up_none_of_its_numbers(monkeypatch):
+    """Else the scores of a first run would differ from those of all later ones."""
+    monkeypatch.setattr(train, "pretrain_nano", partial(train.pretrain_nano, steps=1))
+    weights = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        train.make_weights(train.replace(train.TOY["ave"], data="toy/ave"))
+        assert_same(torch.get_rng_state(), before)
+        weights.append(data.load_tensors("toy/nano.pt"))
+        os.remove("toy/nano.pt")
+    assert_same(*weights)
+
+
+def test_published_weights_are_downloaded_once(monkeypatch):
+    """To where torch.hub keeps them; without a network a line says what to put where."""
+    address = f"{lavish.TORCH}/swin_v2_t-b137f0e2.pth"
+    path = "hub/checkpoints/swin_v2_t-b137f0e2.pth"
+    settings = train.Settings("ave", backbone="tiny", image_size=256)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", disk_is_full)
+    with pytest.raises(InputError, match=f"cannot fetch {address} .*save it as {path}"):
+        train.make_weights(settings)
+
+    download = Mock(side_effect=lambda address, path: Path(path).write_text(address))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    train.make_weights(settings)
+    train.make_weights(settings)
+    download.assert_called_once_with(address, path)
 
 
 def test_with_data_of_ones_own_nano_lies_in_toy(toys, monkeypatch, capsys):
