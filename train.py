@@ -648,9 +648,6 @@ def make_net(settings):
     require(not is_clip or settings.task == "ucf101", "VideoMAE reads 16 frames: it is for ucf101")
     has_maps = len(backbone.dims) > 1
     require(has_maps or settings.task != "avs", "segmentation needs maps of several stages")
-    # Measured with torch 2.11 on a CPU: outputs are right, gradients differ by up to a fifth.
-    broken = settings.compile and settings.one_direction
-    require(not broken, "--compile is not for --one-direction: torch's gradients differ there")
     adapter = (settings.latents, settings.reduction, settings.groups)
     try:
         if settings.modality == "av":
