@@ -2633,6 +2633,28 @@ def recite(task, facts, batches, *answers):
     return scores
 
 
+@parametrize("patience, enough", [(0, [0, 0, 0, 0]), (1, [0, 0, 1, 1]), (2, [0, 0, 0, 1])])
+def test_patience_counts_the_epochs_since_the_best(patience, enough):
+    """Of equal ones the first is the best. Before any epoch there is none."""
+    settings = train.replace(train.TOY["ave"], patience=patience)
+    log = [{"val": 0.5}, {"val": 0.5}, {"val": 0.4}]
+    for done, wanted in enumerate(enough):
+        assert train.has_waited_enough(settings, log[:done]) == bool(wanted)
+        assert train.best_epoch(log[:done]) == min(done, 1)
+
+
+def test_a_run_with_a_missing_sound_is_refused_before_it_starts(toys, capsys, monkeypatch):
+    """Not in the middle of an epoch. The weights of a toy in this folder lie in this folder."""
+    monkeypatch.setattr(train, "pretrain_nano", partial(train.pretrain_nano, steps=2))
+    shutil.copytree(toys / "ave", "mine")
+    wav = sorted(Path("mine/raw_audio").glob("test*.wav"))[-1]
+    wav.unlink()
+    line = one_line_error(capsys, "ave --data=mine --out=run")
+    assert f"1 files are missing: ['{wav}']" in line
+    assert not Path("run").exists()
+    assert Path("nano.pt").exists()
+
+
 def test_scores_of_masks_by_hand():
     """Three frames of two pixels: the wanted one and another one, and a frame without a mask.
 

@@ -789,7 +789,7 @@ def pretrain_nano(name, path, steps=300):
     with torch.no_grad():
         logits = head(lavish.image_vectors(backbone, backbone(images)[-1]))  # (1000,16)
     accuracy = (logits.argmax(-1) == classes).float().mean()
-    os.makedirs(dirname(path), exist_ok=True)
+    os.makedirs(dirname(path) or ".", exist_ok=True)
     data.save_tensors(backbone.state_dict(), path)
     print(f"{name} is pretrained on toy images: accuracy {accuracy:.3f}; kept in {path}")
 
