@@ -25,7 +25,7 @@ import subprocess
 import sys
 import wave
 from collections import Counter, defaultdict
-from os.path import basename, dirname, exists, isdir, splitext
+from os.path import abspath, basename, dirname, exists, isdir, splitext
 from typing import NamedTuple
 
 import numpy as np
@@ -796,7 +796,7 @@ def extract_video(path, out):
     if not exists(f"{frames}/sound.wav"):  # it is there if a call was stopped before os.replace
         require(not isdir(frames), f"{frames} is there without {wav}; move it away")
         run_ffmpeg(path, frames)
-    os.makedirs(dirname(wav), exist_ok=True)
+    make_folder_of(wav)
     os.replace(f"{frames}/sound.wav", wav)
     return video
 
@@ -810,7 +810,7 @@ def run_ffmpeg(path, folder):
 
     # An ID may begin with "-" or hold "%": ffmpeg gets an absolute path to read, and writes names
     # of ours within its own folder.
-    reading = ["ffmpeg", "-nostdin", "-v", "error", "-i", os.path.abspath(path)]
+    reading = ["ffmpeg", "-nostdin", "-v", "error", "-i", abspath(path)]
     # fps=1 takes the middle of each second; -r 1 would not (the release: -r 8,
     # AVE/scripts/extract_frames.py:11).
     pictures = "-map 0:v:0 -vf fps=1 -q:v 2 %04d.jpg"
@@ -852,7 +852,7 @@ def promised_length(path):
     """How many seconds a video lasts by its own header; 0 if that does not say."""
     entries = "format=format_name,duration:stream=nb_frames,avg_frame_rate"
     command = f"ffprobe -v error -select_streams v:0 -of json -show_entries {entries}".split()
-    done = subprocess.run([*command, os.path.abspath(path)], capture_output=True)
+    done = subprocess.run([*command, abspath(path)], capture_output=True)
     header = json.loads(done.stdout)
     seconds = float(header["format"].get("duration", 0))
     video = header["streams"][0]
@@ -986,6 +986,11 @@ def progress(iterable, text):
 # ---------------------------------------------------------------- files, whole or not at all
 # A run may be stopped at any moment. Its checkpoints and lists go to a temporary name first and get
 # their own name when they are complete, so that no reader ever meets half a file.
+
+
+def make_folder_of(path):
+    """The folder that a file is to be in, which for a name alone is the current one."""
+    os.makedirs(dirname(abspath(path)), exist_ok=True)
 
 
 def write_atomic(path, content):
@@ -1184,13 +1189,13 @@ def make_toy(task, root, seed=0):
 
 def write_image(path, image):
     """(C, height, width) uint8 as jpg or png. OSError on a full disk."""
-    os.makedirs(dirname(path), exist_ok=True)
+    make_folder_of(path)
     functional.to_pil_image(image).save(path, quality=95)  # a png has no quality
 
 
 def write_wav(path, sound):
     """(N,) at 16 kHz as a mono 16-bit wav."""
-    os.makedirs(dirname(path), exist_ok=True)
+    make_folder_of(path)
     samples = (np.clip(sound, -1, 1) * 32767).astype("<i2")
     with wave.open(path, "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))

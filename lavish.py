@@ -123,7 +123,7 @@ def lavish_block(backbone, block, lav_v, lav_a, x_v, x_a):
     (AVE/nets/net_trans.py:259,378)."""
     # To the frozen layers both streams are images: they pass as one batch, faster than as two. (Of
     # two passes torch 2.11 also compiles wrong gradients, where sound reads nothing.)
-    msa_v, msa_a = backbone.msa(block, torch.cat([x_v, x_a])).chunk(2)
+    msa_v, msa_a = backbone.msa(block, torch.cat([x_v, x_a])).chunk(2)  # (BT,N,d) each
     y_v = x_v + msa_v + lav_v[0](x_v, x_a)
     y_a = x_a + msa_a + lav_a[0](x_a, x_v)
 

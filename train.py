@@ -55,7 +55,7 @@ import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from os.path import basename, dirname, exists, normpath
+from os.path import basename, exists, normpath
 
 import numpy as np
 import PIL.Image
@@ -755,7 +755,7 @@ def make_weights(settings):
             pretrain_nano(settings.backbone, path)
     elif settings.weights == "imagenet":
         *_, url = lavish.BACKBONES[settings.backbone]
-        os.makedirs(dirname(path), exist_ok=True)
+        data.make_folder_of(path)
         try:
             torch.hub.download_url_to_file(url, path)
         except OSError as error:  # urllib's URLError is one
@@ -789,7 +789,7 @@ def pretrain_nano(name, path, steps=300):
     with torch.no_grad():
         logits = head(lavish.image_vectors(backbone, backbone(images)[-1]))  # (1000,16)
     accuracy = (logits.argmax(-1) == classes).float().mean()
-    os.makedirs(dirname(path) or ".", exist_ok=True)
+    data.make_folder_of(path)
     data.save_tensors(backbone.state_dict(), path)
     print(f"{name} is pretrained on toy images: accuracy {accuracy:.3f}; kept in {path}")
 
@@ -1304,16 +1304,16 @@ def draw(rows, path):
     the empty columns to its right."""
     strips = []
     for name, tiles in rows.items():
-        name = textwrap.fill(name, 20)
+        title = textwrap.fill(name, 20)
         if torch.is_tensor(tiles):
             tiles = F.interpolate(tiles.expand(-1, 3, -1, -1), (TILE, TILE))
             tiles = F.pad(tiles, (0, 4, 0, 4), value=1)  # (T,3,116,116), with a white edge
             strip = torch.cat([*tiles], 2)  # (3,116,T*116)
         else:
             texts = [*tiles, *[""] * (6 - len(tiles))]  # room for a question above one column
-            height = 28 * (name.count("\n") + 1)  # of the lines of the name
+            height = 28 * (title.count("\n") + 1)
             strip = write_texts(texts, TILE + 4, height)  # (3,height,T*116)
-        label = write_texts([name], 190, strip.shape[1])
+        label = write_texts([title], 190, strip.shape[1])
         strips.append(torch.cat([label, strip], 2))
     width = max(strip.shape[2] for strip in strips)
     strips = [F.pad(strip, (0, width - strip.shape[2]), value=1) for strip in strips]
