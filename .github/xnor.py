@@ -6,7 +6,7 @@
     PYTHONPATH=. python .github/xnor.py runs/ave runs/late
 
 Instruments are large or small, loud or soft, 40 seconds of each combination. The numbers are means
-over the 40; the pictures are of the first, a bell. Written to runs/xnor.png.
+over the 40; the pictures are of the first, a bell. Written to xnor.png.
 """
 
 import sys
@@ -45,4 +45,4 @@ for title, folder in (("both directions", both), ("late fusion", late)):
     rows[f"event? {title}"] = [f"{p:.2f}" for p in event.view(4, 40).mean(1).tolist()]
     print(f"{title}:", *rows[f"event? {title}"])
 rows["true"] = ["1", "0", "0", "1"]
-train.draw(rows, "runs/xnor.png")
+train.draw(rows, "xnor.png")
