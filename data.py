@@ -1154,7 +1154,7 @@ def render(things, rng):
 
 
 def toy_images(count, rng):
-    """Images without sound, (count, 3, S, S) uint8, and their classes (count,), 0 to 15.
+    """Images without sound, normalised (count, 3, S, S), and their classes (count,), 0 to 15.
 
     On them the nano backbone is pretrained: they stand for ImageNet. A class is one of the four
     shapes in one of the four colours, though an instrument has a colour of its own."""
@@ -1164,7 +1164,8 @@ def toy_images(count, rng):
         thing = place(NAMES[number // 4], NAMES[number % 4], (0.12, 0.3), rng)
         image, _ = render([thing], rng)
         images.append(image)
-    return torch.stack(images), classes
+    images = torch.stack(images) / 255
+    return functional.normalize(images, IMAGENET_MEAN, IMAGENET_STD), classes
 
 
 # ---------------------------------------------------------------- the toys: four data sets

@@ -66,7 +66,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.functional import normalize, to_tensor
+from torchvision.transforms.functional import to_pil_image
 
 import data
 import lavish
@@ -129,8 +129,17 @@ class Settings:
     repeat: int = 3  # bench: measured steps
 
 
-TILE = 112  # pixels a side of a tile in a picture
 CHOICES = {"precision": ("fp32", "bf16"), "modality": ("av", "v", "a")}
+NEVER_ZERO = (
+    "batch_size",
+    "reduction",
+    "groups",
+    "epochs",
+    "channels",
+    "moments",
+    "hidden",
+    "repeat",
+)
 
 # The supplementary's settings, on Swin-V2-L at 192 px, where they are not the defaults. It states
 # no epochs; these are the release's, and so is the patience of AVE and AVQA.
@@ -768,7 +777,6 @@ def pretrain_nano(name, path, steps=300):
     It is the paper's point that a transformer which never heard anything can learn to listen."""
     backbone = lavish.make_backbone(name)
     images, classes = data.toy_images(3000, np.random.default_rng(0))
-    images = normalize(images / 255, data.IMAGENET_MEAN, data.IMAGENET_STD)
     head = torch.nn.Linear(backbone.dims[-1], 16)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.05)
@@ -784,7 +792,6 @@ def pretrain_nano(name, path, steps=300):
         schedule.step()
 
     images, classes = data.toy_images(1000, np.random.default_rng(1))  # others
-    images = normalize(images / 255, data.IMAGENET_MEAN, data.IMAGENET_STD)
     backbone.eval()
     with torch.no_grad():
         logits = head(lavish.image_vectors(backbone, backbone(images)[-1]))  # (1000,16)
@@ -989,13 +996,9 @@ def finish(settings, facts, model, log, test, scores):
 
 
 def checksum_of_code():
-    """The CRC-32 of lavish.py, data.py and train.py, so that report averages runs of the same code
-    alone."""
-    value = 0
-    for module in (lavish, data, sys.modules[__name__]):
-        with open(module.__file__, "rb") as file:
-            value = zlib.crc32(file.read(), value)
-    return value
+    """The CRC-32 of the three files, so that report averages runs of the same code alone."""
+    sources = [inspect.getsource(module) for module in (lavish, data, sys.modules[__name__])]
+    return zlib.crc32("".join(sources).encode())
 
 
 CODE = checksum_of_code()  # at the start: a file may be edited while a run goes on
@@ -1022,9 +1025,6 @@ def load_run(folder, name):
         saved["settings"] = Settings(**saved["settings"])
     except (LookupError, TypeError) as error:
         raise InputError(f"{path} is of no run of this program: {error!r}") from None
-    for setting in fields(Settings):
-        value = getattr(saved["settings"], setting.name)
-        require(type(value) is setting.type, f"{path}: {setting.name} cannot be {value!r}")
     return saved
 
 
@@ -1223,9 +1223,7 @@ def rows_of_latents(settings, model, clip, name, adapter):
     frames, spectrograms = rows_of(settings, clip).values()
     picture = spectrograms if name.startswith("sight") else frames  # (T,C,H,W)
     for number, weights in enumerate(attention.float().cpu().unbind(1), 1):  # (BT,N)
-        weights = weights.reshape(
-            len(picture), -1
-        )  # (T,N); VideoMAE has all tokens of a clip in one
+        weights = weights.reshape(len(picture), -1)  # (T,N); VideoMAE had (1,T*N)
         greatest = weights.max() * weights.shape[1]
         side = math.isqrt(weights.shape[1])
         maps = weights[:, -side * side :]  # without a ViT's class token
@@ -1262,6 +1260,9 @@ def swap_sounds(settings, facts, model, clip, dataset):
 
 
 # ---------------------------------------------------------------- pictures
+
+
+TILE = 112  # pixels a side of a tile
 
 
 def rows_of(settings, clip):
@@ -1302,33 +1303,28 @@ def draw(rows, path):
 
     rows: {name: T images (T,1 or 3,H,W) from 0 to 1, or T texts}. A long text goes on over
     the empty columns to its right."""
-    strips = []
-    for name, tiles in rows.items():
-        title = textwrap.fill(name, 20)
-        if torch.is_tensor(tiles):
-            tiles = F.interpolate(tiles.expand(-1, 3, -1, -1), (TILE, TILE))
-            tiles = F.pad(tiles, (0, 4, 0, 4), value=1)  # (T,3,116,116), with a white edge
-            strip = torch.cat([*tiles], 2)  # (3,116,T*116)
-        else:
-            texts = [*tiles, *[""] * (6 - len(tiles))]  # room for a question above one column
-            height = 28 * (title.count("\n") + 1)
-            strip = write_texts(texts, TILE + 4, height)  # (3,height,T*116)
-        label = write_texts([title], 190, strip.shape[1])
-        strips.append(torch.cat([label, strip], 2))
-    width = max(strip.shape[2] for strip in strips)
-    strips = [F.pad(strip, (0, width - strip.shape[2]), value=1) for strip in strips]
-    data.write_image(path, (torch.cat(strips, 1).clamp(0, 1) * 255).byte())  # (3,H,W)
-    print(f"drawn in {path}")
-
-
-def write_texts(texts, width, height):
-    """Texts side by side, each from the left of its column of a white strip (3,height,n*width)."""
-    strip = PIL.Image.new("RGB", (len(texts) * width, height), "white")
-    pen = PIL.ImageDraw.Draw(strip)
+    left = 190  # of the columns: the names have room before them
+    step = TILE + 4  # from one tile to the next, with a white edge
+    columns = max(len(tiles) for tiles in rows.values())
+    width = left + step * max(columns, 6)  # room for a question above one column
+    page = PIL.Image.new("RGB", (width, step * len(rows)), "white")
+    pen = PIL.ImageDraw.Draw(page)
     font = PIL.ImageFont.load_default(17)  # large enough to read at the width of a page
-    for column, text in enumerate(texts):
-        pen.multiline_text((column * width + 4, 4), text, "black", font)
-    return to_tensor(strip)
+    top = 0  # of the row
+    for name, tiles in rows.items():
+        name = textwrap.fill(name, 20)
+        pen.text((4, top + 4), name, "black", font)
+        for column, tile in enumerate(tiles):
+            x = left + column * step
+            if torch.is_tensor(tile):
+                image = to_pil_image(tile.expand(3, -1, -1).clamp(0, 1))
+                page.paste(image.resize((TILE, TILE), PIL.Image.NEAREST), (x, top))
+            else:
+                pen.text((x + 4, top + 4), tile, "black", font)
+        lines = name.count("\n") + 1
+        top += step if torch.is_tensor(tiles) else 28 * lines
+    page.crop((0, 0, width, top)).save(path)
+    print(f"drawn in {path}")
 
 
 # ---------------------------------------------------------------- report and cost
@@ -1484,35 +1480,26 @@ def option(name):
 
 
 def settings_of(recipe, given):
-    """A recipe, with what the command line gives in its place.
+    """A recipe, or the settings of a run, with what the command line gives in their place.
 
-    Raises InputError for a number or a device that no task can work with."""
+    Raises InputError for a number or a device that no task can work with, and for a type that only
+    a checkpoint from elsewhere can have."""
     settings = replace(recipe, **given)
-    require(settings.device != "meta", "--device meta computes nothing")
     try:
-        torch.zeros(1, device=settings.device)
+        torch.zeros(1, device=settings.device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"--device {settings.device} is not there: {reason}") from None
-    for name in (
-        "batch_size",
-        "reduction",
-        "groups",
-        "epochs",
-        "channels",
-        "moments",
-        "hidden",
-        "repeat",
-    ):
-        require(getattr(settings, name) > 0, f"{option(name)} must be at least 1")
-    for name in ("workers", "latents", "seed", "patience"):
-        fits = 0 <= getattr(settings, name) < 10**9
-        require(fits, f"{option(name)} must be at least 0 and below 10^9")
-    for name in ("lr", "head_lr", "grounding_lr"):
-        require(getattr(settings, name) >= 0, f"{option(name)} must be at least 0")
-    for name, unit in (("channels", 8), ("hidden", 4)):
-        fits = getattr(settings, name) % unit == 0
-        require(fits, f"--{name} must be a multiple of {unit}")
+        raise InputError(f"--device {settings.device} cannot be used: {reason}") from None
+    for setting in fields(Settings):
+        value = getattr(settings, setting.name)
+        fits = type(value) is setting.type
+        require(fits, f"{option(setting.name)} cannot be {value!r}")
+        if setting.type in (int, float):
+            least = 1 if setting.name in NEVER_ZERO else 0
+            fits = least <= value < 10**9  # NaN does not
+            require(fits, f"{option(setting.name)} must be at least {least} and below 10^9")
+    require(settings.channels % 8 == 0, "--channels must be a multiple of 8")
+    require(settings.hidden % 4 == 0, "--hidden must be a multiple of 4")
     return settings
 
 
