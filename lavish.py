@@ -588,14 +588,13 @@ class TemporalGrounding(nn.Module):
         return self.norm(z + self.mlp(z)) + seconds.mean(1)
 
 
-# ---------------------------------------------------------------- the frozen backbone: Swin-V2
+# ---------------------------------------------------------------- what a backbone is
 # What the nets above need of a backbone, so that another one can take Swin's place:
 #     embed(images (BT,3,S,S)) -> tokens (BT,N,d)
 #     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
 #     msa(block, x), mlp(block, x): what attention and MLP of a block add to x
 #     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
 #     class_token: only if token 0 stands for the whole image (see pooled)
-#     renamings(state dict): (pattern, replacement) that turn other publishers' names into ours
 
 
 def frozen_forward(backbone, images):
@@ -611,6 +610,9 @@ def frozen_forward(backbone, images):
         x = merge(x)  # (BT,N/4,2d)
     tokens[-1] = backbone.norm(tokens[-1])
     return tokens
+
+
+# ---------------------------------------------------------------- the frozen backbone: Swin-V2
 
 
 class SwinV2(nn.Module):
@@ -664,18 +666,6 @@ class SwinV2(nn.Module):
     def mlp(self, block, x):
         return block.norm2(block.mlp(x))
 
-    def renamings(self, weights):
-        # Microsoft's and timm's, which from 0.9 on has the merging at the start of the next stage.
-        merge = 2 if "layers.0.downsample.norm.weight" in weights else 0
-        names = [
-            ("patch_embed.proj", "features.0.0"),
-            ("patch_embed.norm", "features.0.2"),
-        ]
-        for i in range(4):
-            names.append((f"layers.{i}.blocks", f"features.{2 * i + 1}"))
-            names.append((f"layers.{i}.downsample", f"features.{2 * i + merge}"))
-        return names
-
 
 class SwinBlock(nn.Module):
     """Residual-post-norm: x <- x + norm1(attn(x)), then x <- x + norm2(mlp(x))."""
@@ -727,10 +717,9 @@ class WindowAttention(nn.Module):
         # Keys have no bias: under the cosine it would not cancel.
         q_bias, _, v_bias = self.qkv.bias.chunk(3)
         qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, qkv_bias).chunk(3, -1)  # (BT,W,n,C) each
-        q = q.view(BT, W, n, self.heads, -1).transpose(2, 3)  # (BT,W,heads,n,C/heads)
-        k = k.view(BT, W, n, self.heads, -1).transpose(2, 3)
-        v = v.view(BT, W, n, self.heads, -1).transpose(2, 3)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)  # (BT,W,n,3C)
+        qkv = qkv.view(BT, W, n, 3, self.heads, -1)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (BT,W,heads,n,C/heads) each
 
         # Cosine attention: unit vectors, and a learned temperature instead of 1/sqrt(d).
         scale = self.logit_scale.clamp(max=math.log(100)).exp()  # (heads,1,1)
@@ -860,24 +849,6 @@ class ViT(torchvision.models.VisionTransformer):
     def mlp(self, block, x):
         return block.mlp(block.ln_2(x))
 
-    def renamings(self, weights):
-        return VIT_NAMES
-
-
-# timm's and VideoMAE's names -> torchvision's. A fine-tuned VideoMAE applies fc_norm to the mean of
-# its tokens; here it is the last norm, before the mean.
-VIT_NAMES = [
-    (r"^encoder\.(?=patch_embed|blocks|norm)", ""),
-    (r"^patch_embed\.proj", "conv_proj"),
-    (r"^cls_token", "class_token"),
-    (r"^pos_embed$", "encoder.pos_embedding"),
-    (r"^blocks\.", "encoder.layers.encoder_layer_"),
-    (r"\.norm([12])", r".ln_\1"),
-    (r"^(fc_)?norm\.", "encoder.ln."),
-    (r"attn\.qkv\.", "self_attention.in_proj_"),
-    (r"attn\.proj", "self_attention.out_proj"),
-]
-
 
 class VideoMAE(ViT):
     """VideoMAE's encoder (Tong et al., NeurIPS 2022): one token per tubelet, 2 frames of 16 x 16
@@ -950,9 +921,6 @@ class ResNet(nn.Module):
     def mlp(self, block, x):
         return torch.zeros_like(x)
 
-    def renamings(self, weights):
-        return [(r"^layer(?=\d)", "layers.layer")]
-
 
 class WideningBottleneck(Bottleneck):
     """A bottleneck of another width and stride: tokens (BT,N,d) -> (BT,N/stride^2,dim)."""
@@ -1020,6 +988,38 @@ MLP_NAMES = [
     (r"mlp\.(fc|linear_)1", "mlp.0"),
     (r"mlp\.(fc|linear_)2", "mlp.3"),
 ]
+# timm's and VideoMAE's names -> torchvision's. A fine-tuned VideoMAE applies fc_norm to the mean of
+# its tokens; here it is the last norm, before the mean.
+VIT_NAMES = [
+    (r"^encoder\.(?=patch_embed|blocks|norm)", ""),
+    (r"^patch_embed\.proj", "conv_proj"),
+    (r"^cls_token", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^blocks\.", "encoder.layers.encoder_layer_"),
+    (r"\.norm([12])", r".ln_\1"),
+    (r"^(fc_)?norm\.", "encoder.ln."),
+    (r"attn\.qkv\.", "self_attention.in_proj_"),
+    (r"attn\.proj", "self_attention.out_proj"),
+]
+
+
+def names_elsewhere(backbone, weights):
+    """[(pattern, ours)] of the names that tensors have in the files of other publishers."""
+    if isinstance(backbone, ViT):
+        return MLP_NAMES + VIT_NAMES
+    if isinstance(backbone, ResNet):
+        return [(r"^layer(?=\d)", "layers.layer")]
+    # Microsoft's and timm's Swin-V2; timm from 0.9 on has the merging at the start of the next
+    # stage.
+    merge = 2 if "layers.0.downsample.norm.weight" in weights else 0
+    names = [
+        ("patch_embed.proj", "features.0.0"),
+        ("patch_embed.norm", "features.0.2"),
+    ]
+    for i in range(4):
+        names.append((f"layers.{i}.blocks", f"features.{2 * i + 1}"))
+        names.append((f"layers.{i}.downsample", f"features.{2 * i + merge}"))
+    return MLP_NAMES + names
 
 
 def load_pretrained(backbone, weights):
@@ -1036,7 +1036,7 @@ def load_pretrained(backbone, weights):
     weights = {re.sub(r"^((module|_orig_mod|backbone)\.)+", "", n): t for n, t in weights.items()}
     check_window(backbone, weights)
     tables = {name: t for name, t in backbone.state_dict().items() if re.search(UNUSED, name)}
-    names = [*backbone.renamings(weights), *MLP_NAMES]
+    names = names_elsewhere(backbone, weights)
     state = {}
     for name, tensor in weights.items():
         if re.search(UNUSED, name) or name.endswith("v_bias"):
