@@ -979,11 +979,8 @@ def make_backbone(name, image_size=None):
     return kind(*settings, image_size or published_size)
 
 
-# What is not loaded: classifiers, decoders, tables that follow from the window, and a count.
-UNUSED = (
-    "^head|^fc[.]|^decoder|^mask_token|^encoder_to"
-    "|relative_(position|coords)|attn_mask|batches_tracked"
-)
+# What is not loaded: classifiers, decoders, what follows from the window, and a count.
+UNUSED = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_position|attn_mask|batches_tracked"
 MLP_NAMES = [
     (r"mlp\.(fc|linear_)1", "mlp.0"),
     (r"mlp\.(fc|linear_)2", "mlp.3"),
@@ -1034,8 +1031,6 @@ def load_pretrained(backbone, weights):
     require(named, f"the file of weights holds no tensors by name, as {wanted}, but {found}")
     # What training, compilation and larger models put before a name.
     weights = {re.sub(r"^((module|_orig_mod|backbone)\.)+", "", n): t for n, t in weights.items()}
-    check_window(backbone, weights)
-    tables = {name: t for name, t in backbone.state_dict().items() if re.search(UNUSED, name)}
     names = names_elsewhere(backbone, weights)
     state = {}
     for name, tensor in weights.items():
@@ -1048,20 +1043,22 @@ def load_pretrained(backbone, weights):
         for pattern, ours in names:
             name = re.sub(pattern, ours, name)
         state[name] = tensor
-    load_checked(backbone, tables | state, "the weights do not fit this backbone")
+    ours = backbone.state_dict()
+    check_windows(ours, state)
+    unused = {name: t for name, t in ours.items() if re.search(UNUSED + "|coords_table", name)}
+    load_checked(backbone, state | unused, "the weights do not fit this backbone")
 
 
-def check_window(backbone, weights):
-    """Weights for another window can be loaded, but give wrong tokens. The files of Microsoft and
-    torchvision contain the table of offsets, which shows the window; timm's do not."""
-    tables = [t for name, t in weights.items() if name.endswith("relative_coords_table")]
-    if not tables or not isinstance(backbone, SwinV2):
-        return
-    first = tables[0]  # (1,2w-1,2w-1,2)
-    ours = backbone.features[1][0].attn.relative_coords_table
-    same = first.shape == ours.shape and (first - ours).abs().max() < 1e-3
-    window = (first.shape[1] + 1) // 2
-    require(same, f"the weights are of another window (of {window} tokens) than this backbone")
+def check_windows(ours, state):
+    """Weights for another window could be loaded, but would give wrong tokens. The files of
+    Microsoft and torchvision hold a table of offsets for each block, which tells its window; timm's
+    do not."""
+    for name, table in ours.items():
+        theirs = state.get(name, table)
+        if name.endswith("coords_table"):  # (1,2w-1,2w-1,2)
+            same = theirs.shape == table.shape and (theirs - table).abs().max() < 1e-3
+            window = (theirs.shape[1] + 1) // 2
+            require(same, f"the weights of {name} are of another window (of {window} tokens)")
 
 
 # ---------------------------------------------------------------- freezing, saving, loading
