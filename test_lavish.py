@@ -2784,7 +2784,7 @@ def test_with_data_of_ones_own_nano_lies_in_toy(toys, short_pretraining, capsys)
     os.remove("mine/ave/toy.json")
     line = "ave --data=mine/ave --backbone=nano --weights=toy --epochs=1 --workers=9"
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of more workers than processors
+        warnings.simplefilter("error", UserWarning)  # torch warns of more workers than processors
         main(line)
     assert "kept in toy/nano.pt" in capsys.readouterr().out
     assert os.listdir("mine") == ["ave"]
