@@ -25,7 +25,8 @@ import subprocess
 import sys
 import wave
 from collections import Counter, defaultdict
-from os.path import abspath, basename, dirname, exists, isdir, splitext
+from os.path import abspath, dirname, exists
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -59,9 +60,9 @@ def read_wav(path):
     convert = "convert it: ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav"
     try:
         with wave.open(path) as file:
-            channels, width, rate, count, *_ = file.getparams()
-            # A header may claim more samples than the file holds: read as far as the file goes.
-            content = file.readframes(min(count, os.path.getsize(path)))
+            channels, width, rate, *_ = file.getparams()
+            # As many samples as a file of this size may hold: the header may claim more.
+            content = file.readframes(os.path.getsize(path))
     except (wave.Error, EOFError, OSError) as error:
         # From Python 3.12 on, wave reads the "extensible" header too.
         raise InputError(f"{path} is no wav that Python can read ({error!r}); {convert}") from None
@@ -86,15 +87,13 @@ def seconds_of(sound, count):
     The release's last window begins 1.1 s before the end (AVE/dataloader.py:162), which is 0.1 s
     before the second of its label in a clip of ten seconds.
     """
-    length = count * SAMPLE_RATE
-    sound = pad(sound[:length], (0, max(0, length - len(sound))))
+    sound = pad(sound, (0, count * SAMPLE_RATE - len(sound)))  # a negative padding cuts
     return sound.view(count, SAMPLE_RATE)
 
 
 def spectrograms_of(seconds, size, stats):
     """Seconds of sound (T, 16000) -> their log-mel images (T, S, S). stats is (mean, std)."""
-    mean, std = stats
-    return torch.stack([fbank(second, size, mean, std) for second in seconds])
+    return torch.stack([fbank(second, size, *stats) for second in seconds])
 
 
 # ---------------------------------------------------------------- frames
@@ -102,17 +101,15 @@ def spectrograms_of(seconds, size, stats):
 
 def open_image(path):
     """A jpg or png of 8 bits per channel -> an RGBA image of Pillow's, turned as its EXIF says."""
-    require(exists(path), f"no image at {path}; data.py check reads every item")
     try:
-        with open(path, "rb") as file:
-            start = file.read(25)
-        with Image.open(path, formats=["JPEG", "PNG"]) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
+        content = Path(path).read_bytes()
+        image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG"])
+        image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:  # Pillow documents no list of what it raises here
         raise InputError(f"{path} is not a readable image ({error}); make it again") from None
     # Pillow would keep only the upper 8 of 16 bits, or clip greys at 255. Byte 24 of a png is its
     # number of bits.
-    deep = start.startswith(b"\x89PNG") and start[24] == 16
+    deep = content.startswith(b"\x89PNG") and content[24] == 16
     require(not deep, f"{path} has not 8 bits per channel; convert it to 8")
     return image
 
@@ -128,22 +125,20 @@ def read_image(path):
     return functional.pil_to_tensor(image.convert("RGB"))
 
 
-def read_frame(path, size):
-    """A frame -> (3, S, S) float32 with ImageNet's normalisation. The aspect ratio is not kept.
+def read_frames(paths, size):
+    """T paths -> (T, 3, S, S) float32 with ImageNet's normalisation. The aspect ratio is not kept.
 
     Bicubic as in the release (AVE/dataloader.py:99), whose torchvision had no antialiasing: a large
     frame became a sample of single pixels. Here it is antialiased. Bicubic can overshoot the range
     of the pixels, so the result is clamped.
     """
-    image = read_image(path) / 255
     bicubic = functional.InterpolationMode.BICUBIC
-    image = functional.resize(image, [size, size], bicubic, antialias=True)  # (3, S, S)
-    return functional.normalize(image.clamp(0, 1), IMAGENET_MEAN, IMAGENET_STD)
-
-
-def read_frames(paths, size):
-    """T paths -> (T, 3, S, S)."""
-    return torch.stack([read_frame(path, size) for path in paths])
+    frames = []
+    for path in paths:
+        image = read_image(path) / 255  # (3, height, width)
+        image = functional.resize(image, [size, size], bicubic, antialias=True)  # (3, S, S)
+        frames.append(image.clamp(0, 1))
+    return functional.normalize(torch.stack(frames), IMAGENET_MEAN, IMAGENET_STD)
 
 
 # ---------------------------------------------------------------- where files are
@@ -151,31 +146,22 @@ def read_frames(paths, size):
 # ROOT/video_frames/ID/0001.jpg, 0002.jpg, ... and ROOT/raw_audio/ID.wav. AVSBench has its own.
 
 
-def video_folder(root, video):
-    """The folder that holds the frames of a video."""
-    return f"{root}/video_frames/{video}"
-
-
-def wav_path(root, video):
-    """The sound of a video."""
-    return f"{root}/raw_audio/{video}.wav"
+def video_paths(root, video):
+    """The folder of the frames of a video, and the path of its sound."""
+    return f"{root}/video_frames/{video}", f"{root}/raw_audio/{video}.wav"
 
 
 def video_files(root, video):
-    """The frames of a video, a list of paths, and its sound, one path."""
-    return frame_paths(video_folder(root, video)), wav_path(root, video)
+    """The frames of a video, a list of paths, and its sound, one path.
 
-
-def frame_paths(folder):
-    """The frames of a video in the order of their numbers, whatever the padding with zeros.
-
-    InputError for a folder without any.
+    The frames are in the order of their numbers, whatever the padding with zeros. InputError for a
+    folder without any.
     """
-    names = os.listdir(folder) if isdir(folder) else []
-    names = [name for name in names if re.fullmatch(r"\d+\.jpg", name)]
-    names.sort(key=lambda name: int(name[:-4]))  # 9.jpg comes before 10.jpg
-    require(names, f"no frames 0001.jpg, 0002.jpg ... in {folder}; data.py check reads every item")
-    return [f"{folder}/{name}" for name in names]
+    folder, wav = video_paths(root, video)
+    frames = [path for path in Path(folder).glob("*.jpg") if path.stem.isdecimal()]
+    frames.sort(key=lambda path: int(path.stem))  # 9.jpg comes before 10.jpg
+    require(frames, f"no frames 0001.jpg, 0002.jpg ... in {folder}; data.py check reads every item")
+    return [str(path) for path in frames], wav
 
 
 def by_second(paths, sound):
@@ -198,10 +184,7 @@ def by_second(paths, sound):
 
 def read_lines(path):
     """The lines of a text file, stripped, without the empty ones. There must be at least one."""
-    require(
-        exists(path),
-        f"no {path}; wrong folder, or a run that is not done? See the README",
-    )
+    require(exists(path), f"no {path}; wrong folder, or a run that is not done? See the README")
     try:
         with open(path, encoding="utf-8") as file:
             # Editors on Windows put a byte-order mark in front, which is no part of a line.
@@ -228,7 +211,7 @@ def missing_files(dataset):
     for i in distinct_items(dataset):
         *images, wav = dataset.files(i)  # frames, with AVSBench masks, and the sound
         needed = [*itertools.chain(*images), wav]
-        missing += [path for path in needed if path is not None and not exists(path)]
+        missing += [path for path in needed if path and not exists(path)]
     return missing
 
 
@@ -266,11 +249,11 @@ def find_stats(root, task, size, classes=()):
 
 
 # ---------------------------------------------------------------- AVE
-# Each Dataset below has the same methods. For item i, video(i) says which video it is of; about(i)
-# its class, and how many of its seconds are of that class; files(i) all files that it needs:
-# frames, with AVSBench masks, and the sound; paths_and_sound(i) the frames that are read, and the
-# sound beside them, (T, 16000). __init__ raises InputError for a wrong list, __getitem__ for a
-# damaged frame or sound.
+# Each Dataset below has the same lists and methods. For item i, videos[i] says which video it is
+# of; about[i] its class, and how many of its seconds are of that class; files(i) all files that it
+# needs: frames, with AVSBench masks, and the sound; paths_and_sound(i) the frames that are read,
+# and the sound beside them, (T, 16000). __init__ raises InputError for a wrong list, __getitem__
+# for a damaged frame or sound.
 
 # In the order of the real Annotations.txt.
 AVE_CLASSES = (
@@ -300,52 +283,46 @@ class AVEDataset(Dataset):
 
     def __init__(self, root, split, size, stats=None, extra_audio=""):
         self.root = root
-        self.split = split
         self.size = size
 
         rows = read_lines(f"{root}/Annotations.txt")
         if rows[0].startswith("Category&"):  # the zip's copy has a header, all others have none
             rows.pop(0)
-        categories = [row.split("&")[0] for row in rows]
-        self.classes = list(dict.fromkeys(categories))
+        self.classes = list(dict.fromkeys(row.split("&")[0] for row in rows))
 
         path = f"{root}/{split}Set.txt"
-        self.lines = read_lines(path)
-        self.clips = []  # (video, label, start, end)
-        for line in self.lines:
+        lines = read_lines(path)
+        self.clips = []  # (label, start, end)
+        self.videos = []
+        self.about = []
+        for line in lines:
             match = re.fullmatch(r"(.+)&(.+)&.*&(\d|10)&(\d|10)", line)  # times are 0 to 10
             fault = (
                 f"{path}: {line!r} is not Category&VideoID&Quality&Start&End with a "
                 "category of Annotations.txt and 0 <= Start < End <= 10, or 0 and 0"
             )
             require(match and match[1] in self.classes, fault)
-            category, video, start, end = match.groups()
-            start = int(start)
-            end = int(end)
+            category, video, *times = match.groups()
+            start, end = map(int, times)
             require(start < end or start == end == 0, fault)
-            self.clips.append((video, self.classes.index(category), start, end))
+            self.clips.append((self.classes.index(category), start, end))
+            self.videos.append(video)
+            self.about.append((category, end - start))
 
-        self.extra = {}  # {line: features}
+        self.extra = []
         if extra_audio:
-            self.extra = read_features(extra_audio, rows)
-            for line in self.lines:
-                require(line in self.extra, f"{line!r} of {split}Set.txt is not in Annotations.txt")
+            features = read_features(extra_audio, rows)
+            for line in lines:
+                require(line in features, f"{line!r} of {split}Set.txt is not in Annotations.txt")
+                self.extra.append(features[line])
         self.stats = stats or find_stats(root, "ave", size, self.classes)
         self.kept = {}  # see read_clip
 
     def __len__(self):
         return len(self.clips)
 
-    def video(self, i):
-        video, *_ = self.clips[i]
-        return video
-
     def files(self, i):
-        return video_files(self.root, self.video(i))
-
-    def about(self, i):
-        _, label, start, end = self.clips[i]
-        return self.classes[label], end - start
+        return video_files(self.root, self.videos[i])
 
     def paths_and_sound(self, i):
         """The first ten seconds. A shorter clip goes on with its last frame, and in silence."""
@@ -356,26 +333,26 @@ class AVEDataset(Dataset):
         return frames[:10], seconds_of(sound, 10)  # (10, 16000)
 
     def __getitem__(self, i):
-        _, label, start, end = self.clips[i]
+        label, start, end = self.clips[i]
         frames, spectrograms = read_clip(self, i)
 
         # Second t holds the event if start <= t < end, otherwise background.
         labels = torch.full((10,), len(self.classes))
         labels[start:end] = label
         if self.extra:
-            return frames, spectrograms, self.extra[self.lines[i]], labels
+            return frames, spectrograms, self.extra[i], labels
         return frames, spectrograms, labels
 
 
 def read_features(path, rows):
     """An .npy of shape (rows of Annotations.txt, 10, 128) -> {row: (10, 128) float32}."""
     try:
-        features = torch.from_numpy(np.load(path).astype(np.float32))
-    except (OSError, EOFError, ValueError, AttributeError) as error:
+        features = np.load(path).astype(np.float32)
+    except Exception as error:  # numpy documents only some of what it raises here
         raise InputError(f"{path} is not an .npy of numbers ({error})") from None
-    shape = tuple(features.shape)
-    require(shape == (len(rows), 10, 128), f"{path} has shape {shape}, not ({len(rows)}, 10, 128)")
-    return dict(zip(rows, features))
+    wanted = (len(rows), 10, 128)
+    require(features.shape == wanted, f"{path} has shape {features.shape}, not {wanted}")
+    return dict(zip(rows, torch.from_numpy(features)))
 
 
 # ---------------------------------------------------------------- AVSBench S4
@@ -400,38 +377,33 @@ class AVSBenchDataset(Dataset):
         self.size = size
 
         path = f"{root}/s4_meta_data.csv"
-        self.clips = []  # (name, category)
+        self.videos = []  # (name, category)
         for row in csv.DictReader(read_lines(path)):
             fault = f"{path}: no name, category or split, the columns that line 1 names, in {row}"
-            require(row.get("name") and row.get("category") and row.get("split"), fault)
-            if row["split"] == split:
-                self.clips.append((row["name"], row["category"]))
-        require(self.clips, f"{path} lists no {split} clips")
+            name, category, part = map(row.get, ("name", "category", "split"))
+            require(name and category and part, fault)
+            if part == split:
+                self.videos.append((name, category))
+        require(self.videos, f"{path} lists no {split} clips")
+        self.about = [(category, 5) for _, category in self.videos]
 
         # All masks have the size of the first: a batch of them is one tensor.
         _, masks, _ = self.files(0)
-        self.mask_size = read_image(masks[0]).shape[-1]
+        self.mask_size = open_image(masks[0]).width
         self.stats = stats or find_stats(root, "avs", size)
         self.kept = {}  # see read_clip
 
     def __len__(self):
-        return len(self.clips)
-
-    def video(self, i):
-        return self.clips[i]
+        return len(self.videos)
 
     def files(self, i):
-        name, category = self.clips[i]
+        name, category = self.videos[i]
         folder = f"{self.root}/s4_data"
         clip = f"{self.split}/{category}/{name}"
         count = 1 if self.split == "train" else 5  # in train the first frame alone has a mask
         frames = [f"{folder}/visual_frames/{clip}/{name}_{k}.png" for k in range(1, 6)]
         masks = [f"{folder}/gt_masks/{clip}/{name}_{k}.png" for k in range(1, count + 1)]
         return frames, masks, f"{folder}/audio_wav/{clip}.wav"
-
-    def about(self, i):
-        _, category = self.clips[i]
-        return category, 5
 
     def paths_and_sound(self, i):
         """The five frames and seconds. Frame k is from the end of second k."""
@@ -458,15 +430,12 @@ def read_mask(path, size):
     file of {0, 1} black and dithers greys.
     """
     image = open_image(path)
-    *colours, alpha = functional.pil_to_tensor(image)
-    require(alpha.min() == 255, f"{path} has transparent pixels; save it as black and white")
-    colours = torch.stack(colours)  # (3, height, width)
-    mask = colours.amax(0)  # (height, width)
-    height, width = mask.shape
-    require(
-        height == width == size,
-        f"{path} is {width} x {height}; make all masks square and of one size, here {size}",
-    )
+    fault = f"make all masks square and of one size, here {size}"
+    require(image.size == (size, size), f"{path} is {image.width} x {image.height}; {fault}")
+    pixels = functional.pil_to_tensor(image)  # (4, size, size)
+    require(pixels[3].min() == 255, f"{path} has transparent pixels; save it as black and white")
+    colours = pixels[:3]
+    mask = colours.amax(0)  # (size, size)
     inside = colours[:, mask > 0]  # (3, n)
     if (inside == inside[:, :1]).all():  # one colour, or none
         return (mask > 0).float()
@@ -496,34 +465,27 @@ class MusicAVQADataset(Dataset):
 
     def __init__(self, root, split, size, stats=None, vocabulary=None, moments=10):
         self.root = root
-        self.split = split
         self.size = size
         self.count = moments
         self.questions = read_questions(f"{root}/avqa-{split}.json")
-        if vocabulary is None:
-            vocabulary = make_vocabulary(read_questions(f"{root}/avqa-train.json"))
+        vocabulary = vocabulary or make_vocabulary(read_questions(f"{root}/avqa-train.json"))
         self.vocabulary = vocabulary
 
         # Refuse a word or an answer that training lacks now, not in the middle of a test.
         for question in self.questions:
-            answer = question["answer"]
-            fault = f"avqa-{split}.json: no training question has the answer {answer!r}"
-            require(answer in vocabulary["answers"], fault)
+            fault = f"avqa-{split}.json: no training question has the answer {question['answer']!r}"
+            require(question["answer"] in vocabulary["answers"], fault)
             question["indices"] = encode(question["words"], vocabulary)
+        self.videos = [question["video"] for question in self.questions]
+        self.about = [(question["answer"], moments) for question in self.questions]
         self.stats = stats or find_stats(root, "avqa", size)
         self.kept = {}  # see read_clip
 
     def __len__(self):
         return len(self.questions)
 
-    def video(self, i):
-        return self.questions[i]["video"]
-
     def files(self, i):
-        return video_files(self.root, self.video(i))
-
-    def about(self, i):
-        return self.questions[i]["answer"], self.count
+        return video_files(self.root, self.videos[i])
 
     def paths_and_sound(self, i):
         """Frames and sound of T seconds.
@@ -636,11 +598,8 @@ class NegativeFrames(Dataset):
         self.dataset = dataset  # MusicAVQADataset
         self.seed = seed
         self.epoch = 0
-        self.videos = list(dict.fromkeys(question["video"] for question in dataset.questions))
+        self.videos = list(dict.fromkeys(dataset.videos))
         require(len(self.videos) > 1, f"{dataset.root} needs two videos to draw negatives")
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
 
     def __len__(self):
         return len(self.dataset)
@@ -651,13 +610,12 @@ class NegativeFrames(Dataset):
         # A generator of its own for each item: neither the order of the items nor the number of
         # workers changes what is drawn.
         rng = np.random.default_rng([self.seed, self.epoch, i])
-        others = [video for video in self.videos if video != self.dataset.video(i)]
+        others = [video for video in self.videos if video != self.dataset.videos[i]]
 
         drawn = []
         for _ in frames:  # for each moment, a video and one of its frames
-            video = others[rng.integers(len(others))]
-            paths = frame_paths(video_folder(self.dataset.root, video))
-            drawn.append(paths[rng.integers(len(paths))])
+            paths, _ = video_files(self.dataset.root, rng.choice(others))
+            drawn.append(rng.choice(paths))
         negatives = read_frames(drawn, self.dataset.size)
         return frames, spectrograms, question, negatives, answer
 
@@ -680,44 +638,37 @@ class UCF101Dataset(Dataset):
 
     def __init__(self, root, split, size, stats=None):
         self.root = root
-        self.split = split
         self.size = size
         self.classes = [line.split()[-1] for line in read_lines(f"{root}/classInd.txt")]
 
         name = "testlist01" if split == "test" else "trainlist01"
         path = f"{root}/{name}.txt"
-        self.clips = []  # (video, label)
+        self.videos = []
+        self.about = []
         for line in read_lines(path):
-            match = re.fullmatch(r"(\w+)/(\w+_g(\d\d)_c\d\d)\.avi( \d+)?", line)
+            match = re.fullmatch(r"(\w+)/(\w+_g(\d\d)_c\d\d)\.avi(?: \d+)?", line)
             require(
                 match and match[1] in self.classes,
                 f"{path}: {line!r} is not CLASS/v_NAME_gGG_cCC.avi with a class of classInd.txt",
             )
             # The folder names the class. File names differ in case: the real list has
             # HandstandPushups/v_HandStandPushups_g01_c01.avi.
-            folder, video, group, _ = match.groups()
+            folder, video, group = match.groups()
             part = "val" if int(group) >= 24 else "train"  # of the training list
             if split in ("test", part):
-                self.clips.append((video, self.classes.index(folder)))
-        require(self.clips, f"{path} lists no {split} clips (groups 24 and 25 are val)")
+                self.videos.append(video)
+                self.about.append((folder, 8))
+        require(self.videos, f"{path} lists no {split} clips (groups 24 and 25 are val)")
         self.stats = stats or find_stats(root, "ucf101", size)
         self.kept = {}  # see read_clip
 
     def __len__(self):
-        return len(self.clips)
-
-    def video(self, i):
-        video, _ = self.clips[i]
-        return video
+        return len(self.videos)
 
     def files(self, i):
         """The frames of the clip and its sound, None if it has none."""
-        paths, wav = video_files(self.root, self.video(i))
+        paths, wav = video_files(self.root, self.videos[i])
         return paths, wav if exists(wav) else None
-
-    def about(self, i):
-        _, label = self.clips[i]
-        return self.classes[label], 8
 
     def paths_and_sound(self, i):
         """16 frames, evenly over the clip as VideoMAE takes them, and eight seconds of sound.
@@ -727,17 +678,17 @@ class UCF101Dataset(Dataset):
         paths, wav = self.files(i)
         frames = [paths[(2 * k + 1) * len(paths) // 32] for k in range(16)]
 
-        sound = torch.zeros(0) if wav is None else read_wav(wav)
+        sound = read_wav(wav) if wav else torch.zeros(0)
         padded = pad(sound, (SAMPLE_RATE // 2, SAMPLE_RATE // 2))
-        # A window that begins at sample c of the padded sound is centred at sample c of the sound.
+        # The second that begins at sample c of the padded sound is centred at c of the sound.
+        seconds = padded.unfold(0, SAMPLE_RATE, 1)  # (N + 1, 16000), a view: one for each sample
         centres = [(2 * k + 1) * len(sound) // 16 for k in range(8)]
-        seconds = torch.stack([padded[c : c + SAMPLE_RATE] for c in centres])  # (8, 16000)
-        return frames, seconds
+        return frames, seconds[centres]  # (8, 16000)
 
     def __getitem__(self, i):
-        _, label = self.clips[i]
+        action, _ = self.about[i]
         frames, spectrograms = read_clip(self, i)
-        return frames, spectrograms, torch.tensor(label)
+        return frames, spectrograms, torch.tensor(self.classes.index(action))
 
 
 # ---------------------------------------------------------------- all data sets
@@ -750,7 +701,7 @@ def read_clip(dataset, i):
     They are kept: those of a whole toy, which fits the memory, else those of the last video, since
     many questions of MUSIC-AVQA in a row are about one video.
     """
-    video = dataset.video(i)
+    video = dataset.videos[i]
     if video not in dataset.kept:
         paths, seconds = dataset.paths_and_sound(i)
         frames = read_frames(paths, dataset.size)
@@ -771,10 +722,7 @@ DATASETS = {
 
 def distinct_items(dataset):
     """An item for each video: many questions of MUSIC-AVQA share one."""
-    first = {}  # video -> its first item
-    for i in range(len(dataset)):
-        first.setdefault(dataset.video(i), i)
-    return list(first.values())
+    return {video: i for i, video in enumerate(dataset.videos)}.values()  # the last one of each
 
 
 # ---------------------------------------------------------------- command: extract
@@ -788,55 +736,50 @@ def extract_video(path, out):
     """
     shown = path.encode(errors="replace").decode()
     require(path == shown, f"{shown}: its name is not UTF-8, but lists of IDs are; rename it")
-    video = splitext(basename(path))[0]
-    frames = video_folder(out, video)
-    wav = wav_path(out, video)
+    video = Path(path).stem
+    frames, wav = video_paths(out, video)
     if exists(wav):
         return video
     if not exists(f"{frames}/sound.wav"):  # it is there if a call was stopped before os.replace
-        require(not isdir(frames), f"{frames} is there without {wav}; move it away")
-        run_ffmpeg(path, frames)
+        require(not exists(frames), f"{frames} is there without {wav}; move it away")
+        require(shutil.which("ffmpeg"), "no ffmpeg; install it: apt, brew or conda install ffmpeg")
+        unfinished = frames + ".partial"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped
+        os.makedirs(unfinished)
+        try:
+            run_ffmpeg(path, unfinished)
+            os.replace(unfinished, frames)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)  # if there was a fault
     make_folder_of(wav)
     os.replace(f"{frames}/sound.wav", wav)
     return video
 
 
 def run_ffmpeg(path, folder):
-    """One video -> FOLDER/0001.jpg ... and FOLDER/sound.wav, all of it or nothing."""
-    require(shutil.which("ffmpeg"), "no ffmpeg; install it: apt, brew or conda install ffmpeg")
-    unfinished = folder + ".partial"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped
-    os.makedirs(unfinished)
+    """One video -> FOLDER/0001.jpg ... and FOLDER/sound.wav.
 
+    ffmpeg takes a video that is cut or damaged for a shorter one: InputError unless frames and
+    sound are as long as the video says, up to a second.
+    """
     # An ID may begin with "-" or hold "%": ffmpeg gets an absolute path to read, and writes names
     # of ours within its own folder.
     reading = ["ffmpeg", "-nostdin", "-v", "error", "-i", abspath(path)]
-    # fps=1 takes the middle of each second; -r 1 would not (the release: -r 8,
-    # AVE/scripts/extract_frames.py:11).
-    pictures = "-map 0:v:0 -vf fps=1 -q:v 2 %04d.jpg"
-    # Sound that starts later than the picture, or has gaps, keeps its place: silence fills them.
-    sound = "-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar 16000 -c:a pcm_s16le sound.wav"
-    command = reading + pictures.split() + sound.split()
-    done = subprocess.run(command, cwd=unfinished, capture_output=True, text=True, errors="replace")
+    writing = (
+        # fps=1 takes the middle of each second; -r 1 would not (the release: -r 8,
+        # AVE/scripts/extract_frames.py:11).
+        "-map 0:v:0 -vf fps=1 -q:v 2 %04d.jpg "
+        # Sound that starts late, or has gaps, keeps its place: silence fills them.
+        "-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar 16000 -c:a pcm_s16le sound.wav"
+    )
+    command = reading + writing.split()
+    done = subprocess.run(command, cwd=folder, capture_output=True, errors="replace")
     said = " ".join(done.stderr.split())[:500]  # a damaged video can fill pages
-    try:
-        require("'0:a:0' matches no streams" not in said, f"{path} has no sound")
-        require("'0:v:0' matches no streams" not in said, f"{path} has no pictures")
-        fault = f"{path} wants pictures and sound that ffmpeg can read: {said}"
-        require(done.returncode == 0, fault)
-        compare_lengths(path, unfinished, said)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # if there was a fault
-    if said:
-        print(f"{path} is extracted, but ffmpeg says: {said}")
+    require("'0:a:0' matches no streams" not in said, f"{path} has no sound")
+    require("'0:v:0' matches no streams" not in said, f"{path} has no pictures")
+    fault = f"{path} wants pictures and sound that ffmpeg can read: {said}"
+    require(done.returncode == 0, fault)
 
-
-def compare_lengths(path, folder, said):
-    """InputError unless frames and sound are as long as the video says, up to a second.
-
-    ffmpeg takes a video that is cut or damaged for a shorter one.
-    """
     frames = len(os.listdir(folder)) - 1  # all files but sound.wav
     sound = len(read_wav(f"{folder}/sound.wav")) / SAMPLE_RATE
     require(frames > 0, f"{path} is too short for one frame a second: it lasts {sound:.1f} s")
@@ -846,32 +789,33 @@ def compare_lengths(path, folder, said):
         f"{path} has {frames} frames, one a second, {sound:.1f} s of sound and, by its header, "
         f"{seconds:.1f} s: is it cut or damaged? Mend it or leave it out. {said}",
     )
+    if said:
+        print(f"{path} is extracted, but ffmpeg says: {said}")
 
 
 def promised_length(path):
     """How many seconds a video lasts by its own header; 0 if that does not say."""
-    entries = "format=format_name,duration:stream=nb_frames,avg_frame_rate"
-    command = f"ffprobe -v error -select_streams v:0 -of json -show_entries {entries}".split()
-    done = subprocess.run([*command, abspath(path)], capture_output=True)
-    header = json.loads(done.stdout)
+    entries = "format=format_name,duration:stream=nb_frames,time_base"
+    command = f"ffprobe -v quiet -select_streams v:0 -of json -show_entries {entries}".split()
+    header = json.loads(subprocess.check_output([*command, abspath(path)]))
     seconds = float(header["format"].get("duration", 0))
     video = header["streams"][0]
-    frames, during = video["avg_frame_rate"].split("/")  # 0/0 if unknown
-    if header["format"]["format_name"] == "avi" and "nb_frames" in video and frames != "0":
+    if header["format"]["format_name"] == "avi" and "nb_frames" in video:
         # ffprobe shortens the duration of an avi that was cut, but not the count of its frames.
-        seconds = max(seconds, int(video["nb_frames"]) * int(during) / int(frames))
+        part, whole = video["time_base"].split("/")  # of a frame: "1/25" s
+        seconds = max(seconds, int(video["nb_frames"]) * int(part) / int(whole))
     return seconds
 
 
 def extract(videos, root):
     """Extract all videos of a folder. Returns the exit code. ffmpeg itself uses all processors."""
     names = sorted(name for name in os.listdir(videos) if not name.startswith("."))
-    stems = Counter(splitext(name)[0] for name in names)
+    stems = Counter(Path(name).stem for name in names)
     faults = []
     for name in progress(names, "extract"):
         try:
             fault = f"{name}: another file has the same name; rename one of them"
-            require(stems[splitext(name)[0]] == 1, fault)
+            require(stems[Path(name).stem] == 1, fault)
             extract_video(f"{videos}/{name}", root)
         except InputError as error:
             faults.append(error)  # and go on: one video must not end the others
@@ -917,13 +861,14 @@ def check(task, root, size):
 def check_item(dataset, i):
     """InputError, with the paths, if an item cannot be read or if its frames have a gap."""
     frames, *_, wav = dataset.files(i)
-    before = None
+    wanted = 1
     for path in frames:
         number = int(re.search(r"(\d+)\.\w+$", path)[1])  # of 0001.jpg, or of NAME_1.png
-        follows = number < 2 if before is None else number == before + 1
-        require(follows, f"{path} is there, but the frame before it is missing; extract all again")
+        if number > 0:  # some data begin with 0000.jpg
+            fault = f"{path} is there, but the frame before it is missing; extract all again"
+            require(number == wanted, fault)
+            wanted += 1
         open_image(path)  # also a frame that only a negative of MUSIC-AVQA may be
-        before = number
     try:
         dataset.__getitem__(i)
     except InputError:
@@ -934,23 +879,20 @@ def check_item(dataset, i):
 
 def print_classes(datasets):
     """The clips and seconds of each class in each split, and which splits share videos."""
+    names = []
     clips = Counter()
     seconds = Counter()
-    videos = defaultdict(set)
     for split, dataset in datasets.items():
-        for i in range(len(dataset)):
-            name, length = dataset.about(i)
+        for name, length in dataset.about:
+            names.append(name)
             clips[name, split] += 1
             seconds[name, split] += length
-            videos[split].add(dataset.video(i))
-    names = [name for name, _ in clips]
-    for dataset in datasets.values():
         names += getattr(dataset, "classes", [])  # also those without a clip: misspelt ones
     for name in dict.fromkeys(names):
         row = [f"{split} {clips[name, split]} ({seconds[name, split]} s)" for split in datasets]
         print(f"{name}: {', '.join(row)}")
     for one, other in itertools.combinations(datasets, 2):
-        shared = videos[one] & videos[other]
+        shared = {*datasets[one].videos} & {*datasets[other].videos}
         if shared:
             print(f"{one} and {other} share {len(shared)} videos, {min(shared)} for example")
 
@@ -1100,7 +1042,8 @@ NAMES = list(INSTRUMENTS)
 def record(name, seconds, amplitudes, rng):
     """Noise and, unless the name is None, an instrument of random pitch in it: (N,) float32.
 
-    The amplitude, root mean square of full scale, lies between the two amplitudes."""
+    The amplitude, root mean square of full scale, lies between the two amplitudes. The peak is less
+    than six times as high."""
     t = np.arange(seconds * SAMPLE_RATE, dtype=np.float32) / SAMPLE_RATE  # (N,), in seconds
     sound = 0.004 * rng.standard_normal(len(t), dtype=np.float32)
     if name is None:
@@ -1136,9 +1079,7 @@ def render(things, rng):
     """A noisy scene: an image (3, S, S) uint8, and the mask (S, S) of each thing.
 
     Each has the whole of its outline as its mask: where two overlap, both have it."""
-    grid = (np.arange(TOY_SIZE) + 0.5) / TOY_SIZE
-    x = grid[None, :]  # (1, S)
-    y = grid[:, None]  # (S, 1)
+    y, x = (np.indices((TOY_SIZE, TOY_SIZE)) + 0.5) / TOY_SIZE  # (S, S) each
     image = rng.uniform(40, 110, (3, 1, 1))  # the background
     masks = []
     for thing in things:
@@ -1189,36 +1130,36 @@ def make_toy(task, root, seed=0):
 
 
 def write_image(path, image):
-    """(C, height, width) uint8 as jpg or png. OSError on a full disk."""
+    """(3, height, width) or (height, width) uint8 as jpg or png. OSError on a full disk."""
     make_folder_of(path)
     functional.to_pil_image(image).save(path, quality=95)  # a png has no quality
 
 
 def write_wav(path, sound):
-    """(N,) at 16 kHz as a mono 16-bit wav."""
+    """(N,) in [-1, 1] at 16 kHz as a mono 16-bit wav."""
     make_folder_of(path)
-    samples = (np.clip(sound, -1, 1) * 32767).astype("<i2")
+    samples = (sound * 32767).astype("<i2")
     with wave.open(path, "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         file.writeframes(samples.tobytes())
 
 
-def write_video(root, video, images, sound):
-    """A toy video as it is after extraction: images (3, S, S) uint8, sound (N,) or None."""
-    for number, image in enumerate(images, 1):
-        write_image(f"{video_folder(root, video)}/{number:04d}.jpg", image)
+def write_video(root, video, scenes, sound):
+    """A toy video as it is after extraction: the images of scenes (see render), and their sound
+    (N,), if any."""
+    folder, wav = video_paths(root, video)
+    for number, (image, _) in enumerate(scenes, 1):
+        write_image(f"{folder}/{number:04d}.jpg", image)
     if sound is not None:
-        write_wav(wav_path(root, video), sound)
+        write_wav(wav, sound)
 
 
 def toy_clips(task):
     """(split, name) of each clip of a toy; one name in four has a dash in front, as on YouTube."""
-    clips = []
     for split, count in TOY_CLIPS[task].items():
-        for i in range(count):
+        for i in progress(range(count), f"toy {task} {split}"):
             dash = "-" if i % 4 == 0 else ""
-            clips.append((split, f"{dash}{split}{i:04d}"))
-    return progress(clips, f"toy {task}")
+            yield split, f"{dash}{split}{i:04d}"
 
 
 # Near things are large and loud, far things small and soft: radius in units of the image's side,
@@ -1247,12 +1188,12 @@ def toy_ave(root, rng):
     In seconds 2 and 3 (event) and 0 and 6 (background) a bell is seen and heard. No sum of what is
     seen and what is heard tells the two pairs apart: it is an XNOR of size and loudness. AVE's
     head is linear, so the streams have to meet before it, in the adapters."""
-    lines = {split: [] for split in TOY_CLIPS["ave"]}
+    lines = defaultdict(list)  # by split
     for split, video in toy_clips("ave"):
         event, other = rng.permutation(NAMES)[:2]
         length = rng.integers(3, 8)  # of the event, in seconds
         start = rng.integers(0, 11 - length)  # its first second
-        images = []
+        scenes = []
         sounds = []
         for t in range(10):
             seen = event
@@ -1272,16 +1213,15 @@ def toy_ave(root, rng):
                 else:
                     seen = other
             things = [place(seen, seen, RADII[distance], rng)] if seen else []
-            image, _ = render(things, rng)
-            images.append(image)
+            scenes.append(render(things, rng))
             sounds.append(record(heard, 1, AMPLITUDES[sounds_like], rng))
-        write_video(root, video, images, np.concatenate(sounds))
+        write_video(root, video, scenes, np.concatenate(sounds))
         lines[split].append(f"{event}&{video}&good&{start}&{start + length}")
 
     annotations = ["Category&VideoID&Quality&StartTime&EndTime"]
-    for split in lines:
-        write_lines(lines[split], f"{root}/{split}Set.txt")
-        annotations += lines[split]
+    for split, rows in lines.items():
+        write_lines(rows, f"{root}/{split}Set.txt")
+        annotations += rows
     write_lines(annotations, f"{root}/Annotations.txt")
 
 
@@ -1322,7 +1262,7 @@ def toy_avs(root, rng):
         for k, (image, masks) in enumerate(film(seen, 5, rng), 1):
             write_image(f"{folder}/visual_frames/{clip}/{name}_{k}.png", image)
             if k == 1 or split != "train":  # in training the first frame alone has a mask
-                mask = 255 * masks[sounding][None].byte()  # (1, S, S)
+                mask = 255 * masks[sounding].byte()  # (S, S)
                 write_image(f"{folder}/gt_masks/{clip}/{name}_{k}.png", mask)
         write_wav(f"{folder}/audio_wav/{clip}.wav", record(category, 5, MODERATE, rng))
         rows.append(f"{name},0,{category},{split}")
@@ -1332,21 +1272,27 @@ def toy_avs(root, rng):
 def questions(seen, heard, asked):
     """(type, text, values of its template, answer) of each question about a video.
 
-    `asked` is the instrument whose colour the last one names."""
+    Type and values are JSON texts, as in the real files. `asked` is the instrument whose colour the
+    last one names."""
     count = "two" if len(seen) == 2 else "one"
     sounding = "one" if heard in seen else "zero"
     is_it = "yes" if heard == asked and heard in seen else "no"
     colour = INSTRUMENTS[asked].colour
     return [
-        (["Visual", "Counting"], "How many instruments are in the video?", [], count),
-        (["Audio", "Instrument"], "Which instrument is sounding?", [], heard),
+        ('["Visual", "Counting"]', "How many instruments are in the video?", "[]", count),
+        ('["Audio", "Instrument"]', "Which instrument is sounding?", "[]", heard),
         (
-            ["Audio-Visual", "Counting"],
+            '["Audio-Visual", "Counting"]',
             "How many instruments in the video are sounding?",
-            [],
+            "[]",
             sounding,
         ),
-        (["Audio-Visual", "Existential"], "Is the <Colour> one sounding?", [colour], is_it),
+        (
+            '["Audio-Visual", "Existential"]',
+            "Is the <Colour> one sounding?",
+            f'["{colour}"]',
+            is_it,
+        ),
     ]
 
 
@@ -1366,23 +1312,23 @@ def toy_avqa(root, rng):
     drum sounds, but not that no horn is there; the eye alone knows the reverse. No question asks
     what comes first or stands left: the published head pools seconds and places by weights that
     know no order."""
-    rows = {split: [] for split in TOY_CLIPS["avqa"]}
+    rows = defaultdict(list)  # by split
     for split, video in toy_clips("avqa"):
         *seen, heard = rng.permutation(NAMES)[: rng.integers(2, 4)]
         if rng.uniform() < 0.5:
             heard = seen[-1]
         seconds = rng.integers(3, 7)  # of the video
-        images = [image for image, _ in film(seen, seconds, rng)]
-        write_video(root, video, images, record(heard, seconds, MODERATE, rng))
+        scenes = film(seen, seconds, rng)
+        write_video(root, video, scenes, record(heard, seconds, MODERATE, rng))
 
         asked = rng.choice([*seen, heard])
         for kind, text, values, answer in questions(seen, heard, asked):
             row = {
                 "video_id": video,
                 "question_id": len(rows[split]),
-                "type": json.dumps(kind),
+                "type": kind,
                 "question_content": text,
-                "templ_values": json.dumps(values),
+                "templ_values": values,
                 "anser": answer,  # [sic]
             }
             rows[split].append(row)
@@ -1396,7 +1342,7 @@ def toy_ucf101(root, rng):
 
     A bell, a flute or a drum moves, to the sound of a horn, of a drum or, as in half of the real
     classes, to none. One sense alone knows one action in three."""
-    lists = {"classInd": [], "trainlist01": [], "testlist01": []}
+    lists = defaultdict(list)  # by name
     first_group = {"train": 8, "val": 24, "test": 1}  # two clips in each group
     pairs = list(itertools.product(("bell", "flute", "drum"), ("horn", "drum", "nothing")))
     for number, (seen, heard) in enumerate(progress(pairs, "toy ucf101"), 1):
@@ -1405,9 +1351,9 @@ def toy_ucf101(root, rng):
         for split, count in TOY_CLIPS["ucf101"].items():
             for i in range(count):
                 video = f"v_{name}_g{first_group[split] + i // 2:02}_c{i % 2 + 1:02}"
-                images = [image for image, _ in film([seen], 16, rng)]
+                scenes = film([seen], 16, rng)
                 sound = None if heard == "nothing" else record(heard, 2, MODERATE, rng)
-                write_video(root, video, images, sound)
+                write_video(root, video, scenes, sound)
                 if split == "test":
                     lists["testlist01"].append(f"{name}/{video}.avi")
                 else:
@@ -1419,8 +1365,8 @@ def toy_ucf101(root, rng):
 # ---------------------------------------------------------------- the command line
 
 
-def parse():
-    """The arguments of one command, as the module's docstring lists them."""
+def run():
+    """One command, as the module's docstring lists them. Returns its exit code."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("command", choices=["extract", "check", "stats", "toy"])
@@ -1428,11 +1374,8 @@ def parse():
     parser.add_argument("root", help="the folder of the data set")
     parser.add_argument("--size", type=int, default=192, help="of the images, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of the toy")
-    return parser.parse_args()
+    args = parser.parse_args()
 
-
-def run(args):
-    """One command. Returns its exit code."""
     task = args.source
     require(args.size > 15 and args.seed >= 0, "--size wants at least 16, --seed at least 0")
     require(args.source and args.root, "the name of a folder is empty")
@@ -1453,7 +1396,7 @@ def run(args):
 def main():
     """Run a command. What the user can mend ends in one line on stderr and exit code 2."""
     try:
-        sys.exit(run(parse()))
+        sys.exit(run())
     except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)

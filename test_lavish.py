@@ -1312,7 +1312,7 @@ def test_the_mask_of_the_toy_of_avs_is_that_of_the_colour_that_sounds(toys):
     With the mask of another instrument the toy would teach that sound does not matter.
     """
     items = data.AVSBenchDataset(f"{toys}/avs", "test", SIZE, STATS)
-    for i, (_, category) in enumerate(items.clips):
+    for i, (_, category) in enumerate(items.videos):
         inside = data.read_image(items.files(i)[0][0])[:, items[i][2][0] > 0]  # (3,n)
         colour = data.COLOURS[data.INSTRUMENTS[category].colour]
         assert np.allclose(inside.float().mean(1), colour, atol=15)
@@ -1428,11 +1428,12 @@ def test_a_cut_wav_is_read_as_far_as_it_goes():
 
 def test_a_folder_without_frames_is_named():
     """The folder itself, and not a first frame that nobody ever wrote."""
-    os.makedirs("video_frames/empty")
+    os.makedirs("ave/video_frames/empty")
     refuses(
-        "no frames 0001.jpg, 0002.jpg ... in video_frames/empty",
-        data.frame_paths,
-        "video_frames/empty",
+        "no frames 0001.jpg, 0002.jpg ... in ave/video_frames/empty",
+        data.video_files,
+        "ave",
+        "empty",
     )
 
 
@@ -1444,7 +1445,7 @@ def test_frames_are_resized_bicubically_with_antialiasing():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8))
     picture.save("noise.png")
     wanted = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)) / 255
-    frame = data.read_frame("noise.png", 16).permute(1, 2, 0).numpy()
+    frame = data.read_frames(["noise.png"], 16)[0].permute(1, 2, 0).numpy()
     error = frame * data.IMAGENET_STD + data.IMAGENET_MEAN - wanted
     assert abs(error).max() < 1.01 / 255
 
@@ -1510,7 +1511,7 @@ def test_an_image_that_cannot_be_a_frame_is_refused():
     os.rename("film.gif", "film.jpg")
     Path("broken.jpg").write_bytes(b"\0\1")
     for name in ("deep.png", "colours.png", "film.jpg", "broken.jpg", "none.jpg"):
-        refuses(name, data.read_frame, name, 16)
+        refuses(name, data.read_frames, [name], 16)
 
 
 @parametrize("name", ["picture.jpg", "picture.png"])
@@ -1717,7 +1718,7 @@ def test_negatives_are_of_other_videos_and_drawn_anew_in_each_epoch(roots):
     assert_same(data.NegativeFrames(dataset("avqa", "train"), 0)[0][3], bright)
     assert not torch.equal(data.NegativeFrames(dataset("avqa", "train"), 1)[0][3], bright)
     assert not torch.equal(training[2][3], dark)
-    training.set_epoch(1)
+    training.epoch = 1
     assert not torch.equal(training[0][3], bright)
 
 
@@ -1729,8 +1730,14 @@ def test_labels_of_ucf101_are_folders_and_groups_24_and_25_are_val(roots):
 
     Clips of a group are cut from one video, so that a group must not be torn apart.
     """
-    clips = [dataset("ucf101", split).clips for split in ("train", "val", "test")]
-    assert clips == [[("v_aCT_g08_c01", 0)], [("v_Bell_g24_c01", 1)], [("v_Bell_g01_c01", 1)]]
+    for split, video, label in (
+        ("train", "v_aCT_g08_c01", "Act"),
+        ("val", "v_Bell_g24_c01", "Bell"),
+        ("test", "v_Bell_g01_c01", "Bell"),
+    ):
+        items = dataset("ucf101", split)
+        assert items.videos == [video]
+        assert items.about == [(label, 8)]
 
 
 def test_items_of_ucf101(roots):
@@ -1895,6 +1902,7 @@ def test_empty_lines_and_other_files_are_no_items(roots):
         Path("ave/video_frames/x_1", name).write_text("no frame")
     after = dataset("ave")
     assert after.clips == before.clips
+    assert after.videos == before.videos
     assert after.files(0) == before.files(0)
 
 
@@ -1907,7 +1915,7 @@ def test_a_mask_of_another_size_is_refused(roots):
 def test_check_reads_frames_that_only_a_negative_may_be(roots, capsys):
     """Training draws negatives from all frames of a video, also from those between the moments."""
     rows = json.loads(Path("avqa/avqa-train.json").read_text())
-    folder = Path(data.video_folder("avqa", rows[0]["video_id"]))
+    folder = Path("avqa/video_frames", rows[0]["video_id"])
     items = data.MusicAVQADataset("avqa", "train", SIZE, STATS, moments=2)
     between = sorted(folder.iterdir(), key=lambda path: int(path.stem))[1]
     assert str(between) not in items.paths_and_sound(0)[0]
@@ -1937,7 +1945,7 @@ def test_a_clip_shorter_than_a_second_has_its_one_frame(roots, seconds):
 def test_a_sound_without_pictures_is_named(roots, capsys):
     """ffmpeg's own line would advise a "?" in its map."""
     os.mkdir("sounds")
-    shutil.copy(data.wav_path("ave", "x_1"), "sounds/a.wav")
+    shutil.copy("ave/raw_audio/x_1.wav", "sounds/a.wav")
     assert data.extract("sounds", "out") == 1
     assert "a.wav has no pictures\n" in capsys.readouterr().out
 
@@ -2092,7 +2100,7 @@ def film(out, *clips, delay=0, more=""):
 
 def clip_of(root, video):
     """(frames, wav) of a video in a data folder, as film takes them."""
-    return data.frame_paths(data.video_folder(root, video)), data.wav_path(root, video)
+    return data.video_files(root, video)
 
 
 @needs_ffmpeg

@@ -641,7 +641,7 @@ def batches(loader, epoch):
     negatives are other ones too."""
     loader.sampler.set_epoch(epoch)
     if isinstance(loader.dataset, data.NegativeFrames):
-        loader.dataset.set_epoch(epoch)
+        loader.dataset.epoch = epoch
     return progress(loader, "train")
 
 
@@ -1242,7 +1242,7 @@ def swap_sounds(settings, facts, model, clip, dataset):
     other categories, and the masks found; in the last row all g_av are 0."""
     frames, _, *_ = clip
     sounds = {}  # {category: spectrogram (S,S)}
-    for i, (_, category) in enumerate(dataset.clips):
+    for i, (_, category) in enumerate(dataset.videos):
         if category not in sounds and len(sounds) < 4:
             _, spectrograms, _ = dataset[i]
             sounds[category] = spectrograms[0]
