@@ -389,7 +389,7 @@ class AVS(nn.Module):
         self.fuse = nn.ModuleList(ResidualUnit(channels) for _ in dims)
         self.mask = nn.Sequential(
             nn.Conv2d(channels, channels // 2, 3, padding=1),
-            nn.Upsample((mask_size, mask_size), mode="bilinear"),
+            nn.Upsample(mask_size, mode="bilinear"),
             nn.Conv2d(channels // 2, channels // 8, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(channels // 8, 1, 1),
@@ -401,36 +401,40 @@ class AVS(nn.Module):
         # Frames without a loss are left out as early as can be: before the decoder, or after TPAVI,
         # which alone mixes frames.
         step = T if first_only else 1
-        before_tpavi = step if self.tpavi is None else 1
-        after_tpavi = step // before_tpavi
-        if self.tpavi is not None:
+        if self.tpavi is None:
+            visual = [tokens[::step] for tokens in visual]
+        else:
             sound = self.audio(audio[-1].mean(1))  # (BT,128)
             sound = sound.unflatten(0, (B, T))
         x = None  # the decoded map, (BT,C,side,side)
         for i in reversed(range(len(visual))):  # from coarse to fine
             # Swin's maps are S/4, S/8 ... wide, the decoder's mask_size / 4, / 8 ...
             side = self.mask_size // 2 ** (i + 2)
-            y = to_maps(self.project[i](visual[i][::before_tpavi]))  # (BT,w,H,H)
+            y = to_maps(self.project[i](visual[i]))  # (BT,w,H,H)
             y = F.interpolate(y, side, mode="bicubic")  # (BT,w,side,side)
             y = self.context[i](y)  # (BT,C,side,side)
             if self.tpavi is not None:
                 y = self.tpavi[i](y, sound)
-            y = y[::after_tpavi]
+                y = y[::step]
             if x is not None:
                 y = x + self.skip[i](y)
             y = self.fuse[i](y)
             # Twice as wide, for the next finer map: mask_size / 2, / 4 ...
             wider = self.mask_size // 2 ** (i + 1)
             x = F.interpolate(y, wider, mode="bilinear", align_corners=True)
-        logits = self.mask(x)  # (BT,1,mask,mask)
-        logits = logits.unflatten(0, (B, -1))  # (B,T,1,mask,mask)
-        return logits.squeeze(2).float()
+        logits = self.mask(x).squeeze(1)  # (BT,mask,mask)
+        return logits.unflatten(0, (B, -1)).float()
 
 
 def to_maps(tokens):
     """(BT,H*H,d) -> (BT,d,H,H)"""
     side = math.isqrt(tokens.shape[1])
     return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+def to_tokens(maps):
+    """(BT,d,H,H) -> (BT,H*H,d), and of clips (B,d,8,H,H) -> (B,8*H*H,d)"""
+    return maps.flatten(2).transpose(1, 2)
 
 
 class DilatedContext(nn.Module):
@@ -637,25 +641,38 @@ class SwinV2(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.dims = [embed_dim * 2**i for i in range(len(depths))]
-        sides = stage_sides(image_size, len(depths), window_size)
         patches = nn.Conv2d(3, embed_dim, 4, 4)
         channels_last = torchvision.ops.Permute([0, 2, 3, 1])
         self.features = nn.ModuleList()
         self.features.append(nn.Sequential(patches, channels_last, nn.LayerNorm(embed_dim)))
-        for i, side in enumerate(sides):
+        for i, dim in enumerate(self.dims):
             if i > 0:
-                self.features.append(PatchMerging(self.dims[i - 1]))
+                self.features.append(PatchMerging(dim // 2))
+            side, remainder = divmod(image_size, 4 * 2**i)  # tokens in a row of the image
             window = min(window_size, side)
+            require(
+                remainder == 0 and window > 1 and side % window == 0,
+                f"image size {image_size} does not divide into windows of {window_size}; "
+                f"multiples of {window_size * 2 ** (len(depths) + 1)} do",
+            )
             blocks = nn.ModuleList()
             for j in range(depths[i]):
                 # Every second block shifts its windows by half, if there is more than one.
                 shift = window // 2 if j % 2 == 1 and side > window else 0
-                blocks.append(SwinBlock(self.dims[i], num_heads[i], side, window, shift))
+                blocks.append(SwinBlock(dim, num_heads[i], side, window, shift))
             self.features.append(blocks)
         self.norm = nn.LayerNorm(self.dims[-1])
         merges = [*self.features[2::2], nn.Identity()]
         self.stages = list(zip(self.features[1::2], merges))
-        start_near_identity(self.features[1:])
+        # Trained from scratch it must start close to the identity: with norm1 and norm2 starting at
+        # 1, as usual, it does not learn. Linear layers start as torchvision's.
+        for name, parameter in self.features[1:].named_parameters():
+            if parameter.dim() == 2:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif "norm1.weight" in name or "norm2.weight" in name:
+                nn.init.constant_(parameter, 0.2)
+            elif "bias" in name:
+                nn.init.zeros_(parameter)
 
     def embed(self, images):
         return self.features[0](images).flatten(1, 2)  # (BT,(S/4)^2,d)
@@ -702,22 +719,41 @@ class WindowAttention(nn.Module):
         self.cpb_mlp = nn.Sequential(
             nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False)
         )
-        table, index = log_offsets(window)
-        self.register_buffer("relative_coords_table", table)
-        self.register_buffer("relative_position_index", index)
-        order = window_order(side, window, shift).flatten()
+        # Token numbers: W windows of n = w*w tokens, row by row, after the image was rolled up and
+        # left by `shift`.
+        tokens = torch.arange(side * side).view(1, side, side)
+        tokens = tokens.roll((-shift, -shift), (1, 2))
+        windows = F.pixel_unshuffle(tokens, window).flatten(1).T  # (W,n)
+        order = windows.flatten()
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("inverse", order.argsort(), persistent=False)
-        self.register_buffer("mask", shift_mask(side, window, shift), persistent=False)
+
+        # Rows and columns between two tokens of a window: w or more only if the cyclic shift alone
+        # brought them together. The mask parts those.
+        places = torch.stack([windows // side, windows % side], -1)  # (W,n,2)
+        away = places[:, :, None] - places[:, None]  # (W,n,n,2)
+        mask = -100.0 * (away.abs() >= window).any(-1)  # (W,n,n)
+        self.register_buffer("mask", mask, persistent=False)
+
+        # What the bias is made of: all offsets, -(w-1) to w-1 rows and the same for columns, on a
+        # log scale from -1 to 1; for each pair of a window's tokens the number of its offset.
+        offsets = torch.arange(1 - window, window, dtype=torch.float32)  # (2w-1,)
+        offsets = offsets / (window - 1) * 8
+        offsets = offsets.sign() * torch.log2(offsets.abs() + 1) / 3
+        table = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1)  # (2w-1,2w-1,2)
+        rows, columns = (away[0] + window - 1).unbind(-1)  # (n,n) each, from 0; all windows alike
+        index = rows * (2 * window - 1) + columns
+        self.register_buffer("relative_coords_table", table[None])
+        self.register_buffer("relative_position_index", index.flatten())
 
     def forward(self, x):
         BT, N, C = x.shape
         W, n, _ = self.mask.shape  # W windows of n tokens
-        x = x.index_select(1, self.order).view(BT, W, n, C)
+        x = x.index_select(1, self.order)  # window after window
         # Keys have no bias: under the cosine it would not cancel.
         q_bias, _, v_bias = self.qkv.bias.chunk(3)
         qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-        qkv = F.linear(x, self.qkv.weight, qkv_bias)  # (BT,W,n,3C)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)  # (BT,N,3C)
         qkv = qkv.view(BT, W, n, 3, self.heads, -1)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (BT,W,heads,n,C/heads) each
 
@@ -744,76 +780,12 @@ class WindowAttention(nn.Module):
         return x.index_select(1, self.inverse)
 
 
-def window_order(side, window, shift=0):
-    """(W, n) token numbers: W windows of n = window*window tokens, row by row, after the image of
-    side*side tokens was rolled up and left by `shift`."""
-    tokens = torch.arange(side * side).view(side, side)
-    tokens = tokens.roll((-shift, -shift), (0, 1))
-    tokens = tokens.unflatten(1, (-1, window))  # (H,H/w,w)
-    tokens = tokens.unflatten(0, (-1, window))  # (H/w,w,H/w,w)
-    return tokens.transpose(1, 2).reshape(-1, window * window)
-
-
-def log_offsets(window):
-    """The offsets between the tokens of a window: -(w-1) to w-1 rows, and the same for columns.
-
-    -> all pairs of offsets (1,2w-1,2w-1,2), on a log scale from -1 to 1, as torchvision stores
-    them; for each pair of the n tokens, row by row, the number of its offset (n*n,)"""
-    offsets = torch.arange(1 - window, window, dtype=torch.float32)  # (2w-1,)
-    pairs = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1)  # (2w-1,2w-1,2)
-    pairs = pairs / (window - 1) * 8
-    table = pairs.sign() * torch.log2(pairs.abs() + 1) / 3
-
-    places = torch.arange(window)
-    tokens = torch.cartesian_prod(places, places)  # (n,2), row and column of each token
-    away = tokens[:, None] - tokens + window - 1  # (n,n,2), from 0
-    index = away[..., 0] * (2 * window - 1) + away[..., 1]  # (n,n)
-    return table[None], index.flatten()
-
-
-def shift_mask(side, window, shift):
-    """(W, n, n): -100 between tokens that only the cyclic shift brought into one window."""
-    places = torch.arange(side)
-    band = torch.zeros(side, dtype=torch.long)  # which of three bands a row or column is in
-    if shift > 0:
-        band += (places >= side - window).long()
-        band += (places >= side - shift).long()
-    region = 3 * band[:, None] + band  # (side,side)
-    region = region.flatten()[window_order(side, window)]  # (W,n)
-    return -100.0 * (region[:, :, None] != region[:, None])
-
-
 class PatchMerging(torchvision.models.swin_transformer.PatchMergingV2):
     """Each 2 x 2 tokens become one of twice the width: (BT, side^2, d) -> (BT, side^2 / 4, 2d)."""
 
     def forward(self, x):
-        side = math.isqrt(x.shape[1])
-        x = x.unflatten(1, (side, side))  # (BT,H,H,d)
+        x = to_maps(x).movedim(1, -1)  # (BT,H,H,d)
         return super().forward(x).flatten(1, 2)
-
-
-def stage_sides(size, stages, window):
-    """Token rows of each stage, [S/4, S/8, ...]; InputError for sizes that no windows can tile."""
-    sides = [size // (4 * 2**i) for i in range(stages)]
-    tiled = all(side <= window or side % window == 0 for side in sides) and sides[-1] > 1
-    require(
-        tiled and size % (2 * 2**stages) == 0,
-        f"image size {size} does not divide into windows of {window}; "
-        f"multiples of {window * 2 ** (stages + 1)} do",
-    )
-    return sides
-
-
-def start_near_identity(features):
-    """A Swin-V2 that is trained from scratch must start close to the identity. With norm1 and norm2
-    starting at 1, as usual, it does not learn. Linear layers start as torchvision's."""
-    for name, parameter in features.named_parameters():
-        if parameter.dim() == 2:
-            nn.init.trunc_normal_(parameter, std=0.02)
-        elif "norm1.weight" in name or "norm2.weight" in name:
-            nn.init.constant_(parameter, 0.2)
-        elif "bias" in name:
-            nn.init.zeros_(parameter)
 
 
 # ---------------------------------------------------------------- the supplementary's backbones
@@ -871,7 +843,7 @@ class VideoMAE(ViT):
     def embed(self, images):
         clips = images.unflatten(0, (-1, 16)).transpose(1, 2)  # (B,3,16,S,S)
         x = self.conv_proj(clips)  # (B,d,8,S/16,S/16)
-        return x.flatten(2).transpose(1, 2) + self.positions  # (B,8*(S/16)^2,d)
+        return to_tokens(x) + self.positions  # (B,8*(S/16)^2,d)
 
 
 class ResNet(nn.Module):
@@ -912,11 +884,11 @@ class ResNet(nn.Module):
     def embed(self, images):
         x = self.bn1(self.conv1(images)).relu()  # (BT,width,S/2,S/2)
         x = F.max_pool2d(x, 3, 2, 1)  # (BT,width,S/4,S/4)
-        return self.layers["layer1"][0](x.flatten(2).transpose(1, 2))  # (BT,(S/4)^2,4 width)
+        return self.layers["layer1"][0](to_tokens(x))  # (BT,(S/4)^2,4 width)
 
     def msa(self, block, x):
         z = block(to_maps(x))  # (BT,C,H,H)
-        return z.flatten(2).transpose(1, 2) - x
+        return to_tokens(z) - x
 
     def mlp(self, block, x):
         return torch.zeros_like(x)
@@ -930,7 +902,7 @@ class WideningBottleneck(Bottleneck):
         super().__init__(inside, dim // 4, stride, shortcut)
 
     def forward(self, x):
-        return super().forward(to_maps(x)).flatten(2).transpose(1, 2)
+        return to_tokens(super().forward(to_maps(x)))
 
 
 # ---------------------------------------------------------------- backbones and weights by name
@@ -979,8 +951,9 @@ def make_backbone(name, image_size=None):
     return kind(*settings, image_size or published_size)
 
 
-# What is not loaded: classifiers, decoders, what follows from the window, and a count.
-UNUSED = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_position|attn_mask|batches_tracked"
+# What is not loaded by its name: classifiers, decoders, what follows from the window, a count, and
+# values' biases, which are joined to those of the queries.
+UNUSED = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_position|attn_mask|tracked|v_bias$"
 MLP_NAMES = [
     (r"mlp\.(fc|linear_)1", "mlp.0"),
     (r"mlp\.(fc|linear_)2", "mlp.3"),
@@ -1034,7 +1007,7 @@ def load_pretrained(backbone, weights):
     names = names_elsewhere(backbone, weights)
     state = {}
     for name, tensor in weights.items():
-        if re.search(UNUSED, name) or name.endswith("v_bias"):
+        if re.search(UNUSED, name):
             continue
         if name.endswith("q_bias"):  # Microsoft and VideoMAE store queries' and values' apart
             v_bias = weights.get(name.replace("q_bias", "v_bias"), tensor[:0])
@@ -1043,22 +1016,18 @@ def load_pretrained(backbone, weights):
         for pattern, ours in names:
             name = re.sub(pattern, ours, name)
         state[name] = tensor
-    ours = backbone.state_dict()
-    check_windows(ours, state)
-    unused = {name: t for name, t in ours.items() if re.search(UNUSED + "|coords_table", name)}
-    load_checked(backbone, state | unused, "the weights do not fit this backbone")
-
-
-def check_windows(ours, state):
-    """Weights for another window could be loaded, but would give wrong tokens. The files of
-    Microsoft and torchvision hold a table of offsets for each block, which tells its window; timm's
-    do not."""
-    for name, table in ours.items():
-        theirs = state.get(name, table)
-        if name.endswith("coords_table"):  # (1,2w-1,2w-1,2)
-            same = theirs.shape == table.shape and (theirs - table).abs().max() < 1e-3
+    for name, tensor in backbone.state_dict().items():
+        # Weights for another window could be loaded, but would give wrong tokens. The files of
+        # Microsoft and torchvision hold a table of offsets for each block, which tells its window;
+        # timm's do not.
+        if name.endswith("coords_table"):
+            theirs = state.get(name, tensor)  # (1,2w-1,2w-1,2)
+            same = theirs.shape == tensor.shape and (theirs - tensor).abs().max() < 1e-3
             window = (theirs.shape[1] + 1) // 2
             require(same, f"the weights of {name} are of another window (of {window} tokens)")
+        if re.search(UNUSED + "|coords_table", name):
+            state[name] = tensor  # stays as it is
+    load_checked(backbone, state, "the weights do not fit this backbone")
 
 
 # ---------------------------------------------------------------- freezing, saving, loading
@@ -1075,18 +1044,16 @@ def freeze_all_but_adapters(model):
 def trained_state_dict(model):
     """What training changed, and no more: 40 MB beside a Swin-V2-L of 900. A module that owns a
     trainable parameter is kept with its buffers (batch-norm statistics)."""
-    trained = set()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            trained.add(name.rpartition(".")[0])
+    owners = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     state = model.state_dict()
-    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in trained}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in owners}
 
 
 def load_trained_state_dict(model, state):
     """The inverse of trained_state_dict. Raises InputError that names a key that does not fit."""
-    trained = trained_state_dict(model)
-    frozen = {name: t for name, t in model.state_dict().items() if name not in trained}
+    frozen = model.state_dict()
+    for name in trained_state_dict(model):
+        del frozen[name]
     load_checked(model, frozen | state, "the checkpoint is of another configuration")
 
 
