@@ -754,8 +754,8 @@ class WindowAttention(nn.Module):
         q_bias, _, v_bias = self.qkv.bias.chunk(3)
         qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)  # (BT,N,3C)
-        qkv = qkv.view(BT, W, n, 3, self.heads, -1)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (BT,W,heads,n,C/heads) each
+        qkv = qkv.view(BT, W, n, 3, self.heads, -1).unbind(3)  # (BT,W,n,heads,C/heads) each
+        q, k, v = (z.transpose(2, 3) for z in qkv)  # (BT,W,heads,n,C/heads) each
 
         # Cosine attention: unit vectors, and a learned temperature instead of 1/sqrt(d).
         scale = self.logit_scale.clamp(max=math.log(100)).exp()  # (heads,1,1)
