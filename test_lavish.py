@@ -2378,7 +2378,7 @@ def test_avqa_has_the_published_rates(toys, monkeypatch):
     settings = settings_of(monkeypatch, f"avqa --data={toys}/avqa")
     model = train.add_head(settings, FACTS, train.make_net(settings))
     rates = {}
-    for group in train.make_optimizer(settings, model).param_groups:
+    for group in train.make_optimizer(model).param_groups:
         for parameter in group["params"]:
             rates[parameter] = group["rate_name"]
     for name, parameter in model.named_parameters():
@@ -2572,10 +2572,10 @@ def test_clips_are_read_by_at_most_a_process_a_core_and_use_up_no_random_numbers
     settings = train.replace(train.TOY["ave"], workers=2, batch_size=2)
     for cores, workers in ((1, 1), (8, 2)):
         monkeypatch.setattr(train, "cores", Mock(return_value=cores))
-        assert train.load_in_order(settings, items).num_workers == workers
+        assert train.make_loader(settings, items, range(4)).num_workers == workers
 
     train.seed_epoch(settings, 0)
-    loader = train.load_in_order(train.replace(settings, workers=0), items)
+    loader = train.make_loader(train.replace(settings, workers=0), items, range(4))
     before = torch.get_rng_state()
     assert_same(list(loader), [torch.tensor([0, 1]), torch.tensor([2, 3])])
     assert_same(torch.get_rng_state(), before)
@@ -2925,7 +2925,7 @@ def test_an_attention_map_is_as_large_as_the_picture_it_is_of():
     adapter.compress = Mock(return_value=(attention, torch.zeros(2, 2, 32)))
     rows = train.rows_of_latents(settings, model, clip, "sight reads sound", adapter)
     assert [*rows] == [f"sight reads sound: latent {k} (23.7 x even)" for k in (1, 2)]
-    sound = train.rows_of(settings, clip)["sound (time right, pitch up)"]
+    sound = train.rows_of(clip)["sound (time right, pitch up)"]
     for tiles in rows.values():
         assert_close(tiles[:, :, :4, :4], sound[:, :, :4, :4])
         assert_close(tiles[:, :, 4:], sound[:, :, 4:] * 0.01 / 0.37)
@@ -2942,9 +2942,10 @@ def test_look_at_masks_swaps_the_sounds(toys, monkeypatch):
     assert (shut == shut[:1]).all()
 
 
-def test_look_wants_latents(toys, capsys):
-    """A late fusion has none to look at: one line says so."""
-    main(f"ave --data={toys}/ave --epochs=1 --latents=0 --out=run")
+@parametrize("option", ["--latents=0", "--modality=v"])
+def test_look_wants_latents(toys, capsys, option):
+    """A late fusion has none to look at, nor has one stream alone: one line says so."""
+    main(f"ave --data={toys}/ave --epochs=1 --out=run {option}")
     assert "no latents" in one_line_error(capsys, "look run")
 
 
@@ -3077,7 +3078,7 @@ KEEP = """
 import torch, train
 finish = train.finish
 def keep(settings, facts, model, *others):
-    items = train.gather(list(range(train.rank(), 7, 2)))
+    items = train.gather(list(range(4) if train.rank() == 0 else range(4, 7)))
     torch.save([model.state_dict(), torch.rand(4), items], f"rank{train.rank()}.pt")
     finish(settings, facts, model, *others)
 train.finish = keep
@@ -3085,16 +3086,17 @@ train.main()
 """
 
 
-def test_two_processes_train_one_model_and_score_as_one(toys, monkeypatch, capsys):
+@parametrize("task", ["ave", "avs"])
+def test_two_processes_train_one_model_and_score_as_one(toys, monkeypatch, capsys, task):
     """By torchrun: the same weights, other noise in each, items gathered in their order.
 
-    There are three test clips, so that one process has one more than the other. Other commands
-    run in the first process alone.
+    There are three test clips, so that one process has one more than the other: of AVS, which
+    scores frames, five more. Other commands run in the first process alone.
     """
     Path("keep.py").write_text(KEEP)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-    line = "-m torch.distributed.run --standalone --nproc_per_node=2 keep.py ave --device=cpu"
-    line += f" --data={toys}/ave --epochs=1 --batch-size=1 --out=run"
+    line = f"-m torch.distributed.run --standalone --nproc_per_node=2 keep.py {task} --device=cpu"
+    line += f" --data={toys}/{task} --epochs=1 --batch-size=1 --out=run"
     subprocess.run([sys.executable, *line.split()], check=True)
     weights, noise, items = torch.load("rank0.pt")
     other_weights, other_noise, _ = torch.load("rank1.pt")
@@ -3102,7 +3104,9 @@ def test_two_processes_train_one_model_and_score_as_one(toys, monkeypatch, capsy
     assert not torch.equal(noise, other_noise)
     assert items == [*range(7)]
     main("eval run")
-    assert f"{'accuracy':45} {result('run')['test']:.4f}" in capsys.readouterr().out
+    scores = result("run")["scores"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[-len(scores) :] == [f"{name:45} {score:.4f}" for name, score in scores.items()]
     monkeypatch.setenv("RANK", "1")
     main("eval run")
     assert capsys.readouterr().out == ""  # the first process has done it

@@ -52,18 +52,17 @@ import tempfile
 import textwrap
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from os.path import basename, exists, normpath
+from statistics import mode
 
 import numpy as np
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
@@ -225,11 +224,11 @@ def train_ave(settings, net):
         "backbone": checksum(net.backbone),
     }
     train = load_in_new_orders(settings, dataset)
-    val = load_in_order(settings, open_split(settings, "val", facts))
-    test = load_in_order(settings, open_split(settings, "test", facts))
+    val = load_in_order(settings, "val", facts)
+    test = load_in_order(settings, "test", facts)
 
     model = add_head(settings, facts, net)
-    optimizer = make_optimizer(settings, model)
+    optimizer = make_optimizer(model)
     log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
     # What to call in training: the model, on several processes DistributedDataParallel around it.
     parallel = in_parallel(model)
@@ -302,11 +301,11 @@ def train_avs(settings, net):
         "backbone": checksum(net.backbone),
     }
     train = load_in_new_orders(settings, dataset)
-    val = load_in_order(settings, open_split(settings, "val", facts))
-    test = load_in_order(settings, open_split(settings, "test", facts))
+    val = load_in_order(settings, "val", facts)
+    test = load_in_order(settings, "test", facts)
 
     model = add_head(settings, facts, net)
-    optimizer = make_optimizer(settings, model)
+    optimizer = make_optimizer(model)
     log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
     parallel = in_parallel(model)
 
@@ -347,16 +346,16 @@ def train_avs(settings, net):
 
 
 def evaluate_avs(settings, facts, model, loader):
-    """-> {what: number}: mean IoU over all frames, and the F score with beta^2 = 0.3."""
+    """-> {what: number}: mean IoU over all frames, and the F score."""
     ious = []
     f_scores = []
     for logits, masks in outputs(settings, model, loader):  # (B,5,M,M)
         logits = logits[:, : masks.shape[1]].flatten(0, 1)  # train has a mask of the first frame
         masks = masks.flatten(0, 1)  # (n,M,M)
         ious.extend(mask_iou(logits, masks).tolist())
-        f_scores.extend(f_score(logits, masks).tolist())
+        f_scores.extend(f_score(logits, masks))
     ious = gather(ious)  # (frames,)
-    f_scores = torch.tensor(gather(f_scores))  # (frames,255)
+    f_scores = torch.stack(gather(f_scores))  # (frames,255)
     # The best threshold of the split. AVSBench takes the best of each batch and averages those
     # (avs_s4/utils/utility.py:105-118): its score rises as batches get smaller.
     return {"mean IoU": np.mean(ious), "F score": f_scores.nanmean(0).max().item()}
@@ -372,9 +371,9 @@ def mask_iou(logits, masks):
     return torch.where(m.any(1), intersection / union.clamp(min=1), (~p).float().mean(1))
 
 
-def f_score(logits, masks, beta2=0.3):
-    """Logits and 0/1 masks (n,M,M) -> F scores (n,255), one for each threshold on the sigmoid; NaN
-    for an empty mask, which has no recall (utility.py:74-118)."""
+def f_score(logits, masks):
+    """Logits and 0/1 masks (n,M,M) -> F scores (n,255) with beta^2 = 0.3, one for each threshold on
+    the sigmoid; NaN for an empty mask, which has no recall (utility.py:74-118)."""
     p = logits.sigmoid().flatten(1)  # (n,M*M)
     m = masks.flatten(1)  # (n,M*M)
     scores = []
@@ -383,8 +382,8 @@ def f_score(logits, masks, beta2=0.3):
         true_positives = (predicted * m).sum(1)  # (n,)
         precision = true_positives / predicted.sum(1).clamp(min=1)
         recall = true_positives / m.sum(1)  # 0 / 0 is NaN
-        sum_of_both = (beta2 * precision + recall).clamp(min=1e-20)
-        scores.append((1 + beta2) * precision * recall / sum_of_both)
+        sum_of_both = (0.3 * precision + recall).clamp(min=1e-20)
+        scores.append(1.3 * precision * recall / sum_of_both)
     return torch.stack(scores, 1)
 
 
@@ -404,12 +403,14 @@ def train_avqa(settings, net):
         "stats": dataset.stats,
         "backbone": checksum(net.backbone),
     }
+    if settings.modality == "av":  # one stream alone has no negatives: a match takes two
+        dataset = data.NegativeFrames(dataset, settings.seed)
     train = load_in_new_orders(settings, dataset)
-    val = load_in_order(settings, open_split(settings, "val", facts))
-    test = load_in_order(settings, open_split(settings, "test", facts))
+    val = load_in_order(settings, "val", facts)
+    test = load_in_order(settings, "test", facts)
 
     model = add_head(settings, facts, net)
-    optimizer = make_optimizer(settings, model)
+    optimizer = make_optimizer(model)
     log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
     parallel = in_parallel(model)
 
@@ -422,18 +423,17 @@ def train_avqa(settings, net):
         model.train()
         losses = []  # of each step
         for batch in batches(train, epoch):
-            # One stream alone has no negatives: a match takes two.
             frames, spectrograms, question, *negatives, answer = on_device(settings, batch)
             with autocast(settings):
                 logits, match = parallel(frames, spectrograms, question, *negatives)
             check_finite(logits)
             loss = F.cross_entropy(logits, answer)  # logits (B,answers)
             if match is not None:
-                # Does this frame go with this sound? Here the first half does; loss and weight are
-                # the release's (AVQA/net_grd_avst/main_avst.py:86-88).
-                own, _ = match.chunk(2)  # (BT,2) each
-                fits = torch.ones(len(own), dtype=torch.long, device=match.device)  # (BT,)
-                truth = torch.cat([fits, 1 - fits])  # (2BT,)
+                # Does this frame go with this sound? Here the first half does, 1, and the second
+                # does not, 0; loss and weight are the release's (AVQA/net_grd_avst/
+                # main_avst.py:86-88).
+                halves = torch.tensor([1, 0], device=match.device)
+                truth = halves.repeat_interleave(len(match) // 2)  # (2BT,)
                 loss = loss + 0.5 * F.cross_entropy(match, truth)
 
             optimizer.zero_grad()
@@ -467,8 +467,10 @@ def evaluate_avqa(settings, facts, model, loader):
         by_type[f"{modality} average"].append(is_right)
         guess = facts["guesses"].get(" ".join(question["words"]))
         guessed.append(guess == question["answer"])
-    scores = {"accuracy": np.mean(right)}
-    scores["from the words of the question alone"] = np.mean(guessed)
+    scores = {
+        "accuracy": np.mean(right),
+        "from the words of the question alone": np.mean(guessed),
+    }
     for name in sorted(by_type):
         scores[f"{name} ({len(by_type[name])})"] = np.mean(by_type[name])
     return scores
@@ -476,10 +478,10 @@ def evaluate_avqa(settings, facts, model, loader):
 
 def commonest_answers(questions):
     """What one can say without eyes and ears: {question: its commonest answer in training}."""
-    counts = defaultdict(Counter)
+    answers = defaultdict(list)
     for question in questions:
-        counts[" ".join(question["words"])][question["answer"]] += 1
-    return {words: counter.most_common(1)[0][0] for words, counter in counts.items()}
+        answers[" ".join(question["words"])].append(question["answer"])
+    return {words: mode(those) for words, those in answers.items()}
 
 
 # ---------------------------------------------------------------- UCF101
@@ -496,11 +498,11 @@ def train_ucf101(settings, net):
         "backbone": checksum(net.backbone),
     }
     train = load_in_new_orders(settings, dataset)
-    val = load_in_order(settings, open_split(settings, "val", facts))
-    test = load_in_order(settings, open_split(settings, "test", facts))
+    val = load_in_order(settings, "val", facts)
+    test = load_in_order(settings, "test", facts)
 
     model = add_head(settings, facts, net)
-    optimizer = make_optimizer(settings, model)
+    optimizer = make_optimizer(model)
     log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
     parallel = in_parallel(model)
 
@@ -605,16 +607,15 @@ def open_split(settings, split, facts=None):
 
 def load_in_new_orders(settings, dataset):
     """Batches for training, in another order in each epoch (see `batches`)."""
-    if settings.task == "avqa" and settings.modality == "av":
-        dataset = data.NegativeFrames(dataset, settings.seed)
     sampler = DistributedSampler(dataset, processes(), rank(), seed=settings.seed)
     return make_loader(settings, dataset, sampler)
 
 
-def load_in_order(settings, dataset):
-    """Batches for scoring: of n processes each one has every n-th item."""
-    sampler = range(rank(), len(dataset), processes())
-    return make_loader(settings, dataset, sampler)
+def load_in_order(settings, split, facts):
+    """Batches of a split for scoring: each process has its share, which are items in a row."""
+    dataset = open_split(settings, split, facts)
+    shares = np.array_split(range(len(dataset)), processes())
+    return make_loader(settings, dataset, shares[rank()])
 
 
 def make_loader(settings, dataset, sampler):
@@ -638,10 +639,9 @@ def cores():
 
 def batches(loader, epoch):
     """The training batches of an epoch. The sampler shuffles them in an order of this epoch; AVQA's
-    negatives are other ones too."""
+    data set draws other negatives, the rest do not look at the number."""
     loader.sampler.set_epoch(epoch)
-    if isinstance(loader.dataset, data.NegativeFrames):
-        loader.dataset.epoch = epoch
+    loader.dataset.epoch = epoch
     return progress(loader, "train")
 
 
@@ -657,30 +657,28 @@ def make_net(settings):
     require(not is_clip or settings.task == "ucf101", "VideoMAE reads 16 frames: it is for ucf101")
     has_maps = len(backbone.dims) > 1
     require(has_maps or settings.task != "avs", "segmentation needs maps of several stages")
-    adapter = (settings.latents, settings.reduction, settings.groups)
+    bottleneck = (settings.reduction, settings.groups)
     try:
-        if settings.modality == "av":
-            net = lavish.Lavish(
-                backbone,
-                *adapter,
-                settings.one_direction,
-                settings.checkpoint_activations,
-                settings.compile,
-            )
-            if settings.compile:
-                print("--compile: the first steps take some minutes")
-        else:
-            net = lavish.OneStream(backbone, settings.modality, *adapter[1:])
+        if settings.modality != "av":
+            return lavish.OneStream(backbone, settings.modality, *bottleneck)
+        if settings.compile:
+            print("--compile: the first steps take some minutes")
+        return lavish.Lavish(
+            backbone,
+            settings.latents,
+            *bottleneck,
+            settings.one_direction,
+            settings.checkpoint_activations,
+            settings.compile,
+        )
     except (ValueError, RuntimeError) as error:  # also too many latents for the memory
         raise InputError(f"{settings.backbone} with these options: {error}") from None
-    return net
 
 
 def load_weights(settings, net):
     """Give the backbone its pretrained weights, if it has any."""
-    path = weights_path(settings)
-    if path is not None:
-        lavish.load_pretrained(net.backbone, data.load_tensors(path))
+    if settings.weights != "none":
+        lavish.load_pretrained(net.backbone, data.load_tensors(weights_path(settings)))
 
 
 def add_head(settings, facts, net):
@@ -707,17 +705,16 @@ def checksum(module):
     return value
 
 
-def make_optimizer(settings, model):
+def make_optimizer(model):
     """Adam, with a learning rate for each part of the model, which set_rates sets by its name.
 
     The supplementary gives 3e-6 to "the grounding modules and the final prediction layer" of AVQA's
     head; the rest (embedding, LSTM, question, input projections, fusion) has head_lr."""
     # The setting that holds the rate of each part. The net has the adapters, and the backbone,
-    # which is frozen.
+    # which is frozen. AVQA's head alone has the others.
     rate_names = {"net": "lr"}
-    if settings.task == "avqa":
-        for module in ("audio_out", "visual_out", "match", "when_heard", "when_seen", "answer"):
-            rate_names[module] = "grounding_lr"
+    for module in ("audio_out", "visual_out", "match", "when_heard", "when_seen", "answer"):
+        rate_names[module] = "grounding_lr"
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -730,14 +727,12 @@ def make_optimizer(settings, model):
 
 
 def weights_path(settings):
-    """The file of the backbone's weights; None for random ones.
+    """The file of the backbone's weights; with --weights none it is not read.
 
     The toy's lie beside the toy data, for all tasks; with other data in toy/. Published ones are
     kept where torch.hub keeps them. Raises InputError if there are none, or for another image size
     than theirs."""
     _, _, size, url = lavish.BACKBONES[settings.backbone]
-    if settings.weights == "none":
-        return None
     if settings.weights == "toy":
         folder = f"{settings.data}/.." if data.is_toy(settings.data) else "toy"
         require("nano" in settings.backbone, "--weights toy are for nano, vit_nano, resnet_nano")
@@ -756,7 +751,7 @@ def make_weights(settings):
     Only training does so: whoever scores a run wants the weights that it was trained on.
     Raises InputError with the address if they cannot be downloaded."""
     path = weights_path(settings)
-    if path is None or exists(path):
+    if exists(path):
         return
     if settings.weights == "toy":
         with torch.random.fork_rng([]):  # the head, which is made later, starts from --seed
@@ -820,8 +815,8 @@ def join_processes(device):
 
 
 def rank():
-    """This process's number; the first one, 0, writes and talks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number, from torchrun; the first one, 0, writes and talks."""
+    return int(os.environ.get("RANK", 0))
 
 
 def processes():
@@ -847,17 +842,12 @@ def in_parallel(model):
 
 
 def gather(items):
-    """A list of one process's results -> the list of all of them, in the order of the data set.
-
-    Of n processes the r-th one scored the items r, r + n, r + 2n ..."""
+    """A list of one process's results -> the list of all of them, in the order of the data set."""
     if not dist.is_initialized():
         return items
     parts = [None] * processes()  # a list of each process
     dist.all_gather_object(parts, items)
-    merged = [None] * sum(map(len, parts))
-    for r, part in enumerate(parts):
-        merged[r :: len(parts)] = part
-    return merged
+    return sum(parts, [])  # one after the other, as load_in_order has cut them
 
 
 # ---------------------------------------------------------------- a run, epoch by epoch
@@ -871,7 +861,7 @@ def resume(settings, facts, model, optimizer):
     Raises InputError if data or weights have changed since."""
     if not settings.resume:
         return []
-    saved = load_run(settings.out, "state.pt")
+    saved = load_run(f"{settings.out}/state.pt")
     require(saved["facts"] == facts, f"{settings.out} was trained on other data or weights")
     lavish.load_trained_state_dict(model, saved["trained"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -964,7 +954,7 @@ def save_epoch(settings, facts, model, optimizer, log):
 def load_best_epoch(settings, model):
     """Take the model back to the epoch that was the best on val."""
     wait_for_all()  # until the first process has written it
-    lavish.load_trained_state_dict(model, load_run(settings.out, "adapters.pt")["trained"])
+    lavish.load_trained_state_dict(model, load_run(f"{settings.out}/adapters.pt")["trained"])
 
 
 def finish(settings, facts, model, log, test, scores):
@@ -978,9 +968,8 @@ def finish(settings, facts, model, log, test, scores):
     trained, total = lavish.count_parameters(model)
     print(f"{'trainable of all parameters':45} {trained:,} of {total:,}")
     *clip, truth = first_with_error(settings, model, test.dataset)
-    rows = rows_of(settings, clip)
     answers = {"found": predict_clip(settings, model, clip), "true": truth}
-    rows.update(rows_of_answers(settings, facts, clip, answers))
+    rows = rows_of(clip) | rows_of_answers(settings, facts, clip, answers)
     draw(rows, f"{settings.out}/test.png")
     result = {
         "test": list(scores.values())[0],
@@ -1015,11 +1004,10 @@ def print_scores(scores):
 # its own weights, and must be the one that was trained on.
 
 
-def load_run(folder, name):
+def load_run(path):
     """What save_epoch saved: settings (as Settings), facts, trained, and of state.pt the rest.
 
     Raises InputError for a file that is not of this kind: it may be anybody's."""
-    path = f"{folder}/{name}"
     saved = data.load_tensors(path)
     try:
         saved["settings"] = Settings(**saved["settings"])
@@ -1033,8 +1021,8 @@ def open_run(folder, given):
 
     given: what the command line says in place of the run's own settings, --data for example. The
     device is this machine's, unless given: the run may have been trained on another one."""
-    saved = load_run(folder, "adapters.pt")
-    settings = settings_of(saved["settings"], {"device": Settings.device, **given, "out": folder})
+    saved = load_run(f"{folder}/adapters.pt")
+    settings = settings_of(saved["settings"], {"device": Settings.device, "out": folder, **given})
     facts = saved["facts"]
     net = make_net(settings)
     load_weights(settings, net)
@@ -1052,7 +1040,7 @@ def evaluate(folder, given):
     """Print the scores of a trained run on a split of its data set, or of another one with --data,
     which must have the same classes, vocabulary and mask size."""
     settings, facts, model = open_run(folder, given)
-    loader = load_in_order(settings, open_split(settings, settings.split, facts))
+    loader = load_in_order(settings, settings.split, facts)
     print_scores(SCORERS[settings.task](settings, facts, model, loader))
 
 
@@ -1068,9 +1056,8 @@ def predict(folder, videos, given):
     was trained on, because memory is finite. A video that cannot be read does not end the others:
     InputError at the end."""
     require(videos, "predict wants the folder of a run, then videos")
-    pictures = given.pop("out", ".")
+    pictures = given.get("out", ".")
     settings, facts, model = open_run(folder, given)
-    os.makedirs(pictures, exist_ok=True)
     faults = []
     for video in videos:
         try:
@@ -1083,12 +1070,11 @@ def predict(folder, videos, given):
         for start in range(0, len(frames), length):
             end = start + length
             clip = [frames[start:end], spectrograms[start:end], *question]
-            found = predict_clip(settings, model, clip)
+            answers = {"found": predict_clip(settings, model, clip)}
+            rows = rows_of(clip) | rows_of_answers(settings, facts, clip, answers)
             if settings.task != "avs":
-                for t, name in enumerate(names_of(facts, found), start):
+                for t, name in enumerate(rows["found"], start):
                     print(f"{video}, from {t} s: {name}")
-            rows = rows_of(settings, clip)
-            rows.update(rows_of_answers(settings, facts, clip, {"found": found}))
             # Both paths, so that no other run and no other video writes the same picture.
             name = f"{normpath(folder)}-{normpath(video)}".replace(os.sep, "-").lstrip("-.")
             draw(rows, f"{pictures}/{name}-{start:04d}.png")
@@ -1100,13 +1086,6 @@ def predict_clip(settings, model, clip):
     answer or action ()."""
     logits = logits_of(settings, model, [x[None] for x in clip])[0]
     return logits > 0 if settings.task == "avs" else logits.argmax(-1)
-
-
-def names_of(facts, labels):
-    """The names of labels: classes, of which the background is the last, or answers."""
-    names = facts.get("classes") or facts["vocabulary"]["answers"]
-    names = [*names, "background"]
-    return [names[k] for k in labels.view(-1)]
 
 
 def read_video(settings, facts, video):
@@ -1144,18 +1123,13 @@ def look(folder, videos, given):
 
     folder: of the run; videos: one to look at, or none for the test split."""
     require(len(videos) < 2, "look takes the folder of a run and at most one video")
-    pictures = given.pop("out", folder)
     settings, facts, model = open_run(folder, given)
     adapters = adapters_with_latents(model.net)
     require(adapters, f"{folder} has no latents to look at")
-    os.makedirs(pictures, exist_ok=True)
-    clip = None
-    truth = None
     if videos:
         clip = read_video(settings, facts, videos[0])
-    if not videos or settings.task == "avs":
-        test = load_in_order(settings, open_split(settings, "test", facts))
-    if not videos:
+    else:
+        test = load_in_order(settings, "test", facts)
         *clip, truth = first_with_error(settings, model, test.dataset)
     untouched = predict_clip(settings, model, clip)
 
@@ -1175,37 +1149,39 @@ def look(folder, videos, given):
         adapter.gate_av.data.fill_(gate)
         print(f"{name:38} {adapter.gate.item():6.3f}  {gate:6.3f}   {scores[name]:.4f}")
 
-    rows = rows_of(settings, clip)
     if settings.task == "avs":
-        rows = swap_sounds(settings, facts, model, clip, test.dataset)
+        rows = swap_sounds(settings, facts, model, clip)
     else:
+        rows = rows_of(clip)
         matter_most = sorted(scores, key=scores.get)[:2]
         for name in matter_most:
-            rows.update(rows_of_latents(settings, model, clip, name, adapters[name]))
-        rows.update(rows_of_answers(settings, facts, clip, {"found": untouched, "true": truth}))
-    draw(rows, f"{pictures}/look.png")
+            rows |= rows_of_latents(settings, model, clip, name, adapters[name])
+        answers = {"found": untouched}
+        if not videos:
+            answers["true"] = truth
+        rows |= rows_of_answers(settings, facts, clip, answers)
+    draw(rows, f"{settings.out}/look.png")
 
 
 def first_with_error(settings, model, dataset):
     """The first clip of a split whose answer has an error, since errors teach more; otherwise the
     first one."""
-    for i in range(len(dataset)):
-        *clip, truth = dataset[i]
+    for *clip, truth in dataset:
         if not torch.equal(predict_clip(settings, model, clip), truth):
             return [*clip, truth]
     return dataset[0]
 
 
 def adapters_with_latents(net):
-    """{name: adapter}, "sight reads sound, block 2, beside MLP" for example, from the first block
-    to the last."""
+    """{name: adapter}, "sight reads sound, block 2, MLP" for example; first those of sight, from
+    the first block to the last."""
     named = {}
-    streams = {"sight reads sound": net.visual_adapters, "sound reads sight": net.audio_adapters}
-    for block in range(len(net.visual_adapters)):
-        for stream, adapters in streams.items():
-            for place, adapter in zip(("attention", "MLP"), adapters[block]):
-                if hasattr(adapter, "latents"):  # --one-direction: sound's adapters have none
-                    named[f"{stream}, block {block + 1}, {place}"] = adapter
+    for path, module in net.named_modules():
+        if hasattr(module, "latents"):
+            adapters, block, branch = path.split(".")  # of Lavish: visual_adapters.1.1
+            stream = "sight reads sound" if adapters == "visual_adapters" else "sound reads sight"
+            place = "attention" if branch == "0" else "MLP"
+            named[f"{stream}, block {int(block) + 1}, {place}"] = module
     return named
 
 
@@ -1220,7 +1196,7 @@ def rows_of_latents(settings, model, clip, name, adapter):
     with torch.no_grad():
         attention, _ = adapter.compress(other)  # (BT,m,N)
     rows = {}
-    frames, spectrograms = rows_of(settings, clip).values()
+    frames, spectrograms = rows_of(clip).values()
     picture = spectrograms if name.startswith("sight") else frames  # (T,C,H,W)
     for number, weights in enumerate(attention.float().cpu().unbind(1), 1):  # (BT,N)
         weights = weights.reshape(len(picture), -1)  # (T,N); VideoMAE had (1,T*N)
@@ -1237,25 +1213,26 @@ def rows_of_latents(settings, model, clip, name, adapter):
     return rows
 
 
-def swap_sounds(settings, facts, model, clip, dataset):
+def swap_sounds(settings, facts, model, clip):
     """{name of a row: tiles} of an intervention: the frame of a clip beside the sounds of clips of
     other categories, and the masks found; in the last row all g_av are 0."""
-    frames, _, *_ = clip
-    sounds = {}  # {category: spectrogram (S,S)}
+    frames, _ = clip
+    dataset = open_split(settings, "test", facts)
+    sounds = {}  # {category, or noise: spectrogram (S,S)}
     for i, (_, category) in enumerate(dataset.videos):
         if category not in sounds and len(sounds) < 4:
             _, spectrograms, _ = dataset[i]
             sounds[category] = spectrograms[0]
     hiss = 0.01 * torch.randn(1, lavish.SAMPLE_RATE)
-    noise = data.spectrograms_of(hiss, settings.image_size, facts["stats"])  # (1,S,S)
-    heard = torch.cat([torch.stack([*sounds.values()]), noise])  # (n,S,S)
+    sounds["noise"] = data.spectrograms_of(hiss, settings.image_size, facts["stats"])[0]
+    heard = torch.stack([*sounds.values()])  # (n,S,S)
     swapped = [frames[:1].expand(len(heard), -1, -1, -1), heard]
-    rows = rows_of(settings, swapped)
-    rows["heard"] = [*sounds, "noise"]
-    rows["mask found"] = predict_clip(settings, model, swapped)[:, None].float()
+    rows = rows_of(swapped)
+    rows["heard"] = [*sounds]
+    rows["mask found"] = predict_clip(settings, model, swapped)
     for adapter in adapters_with_latents(model.net).values():
         adapter.gate_av.data.zero_()
-    rows["with g_av at 0"] = predict_clip(settings, model, swapped)[:, None].float()
+    rows["with g_av at 0"] = predict_clip(settings, model, swapped)
     return rows
 
 
@@ -1265,7 +1242,7 @@ def swap_sounds(settings, facts, model, clip, dataset):
 TILE = 112  # pixels a side of a tile
 
 
-def rows_of(settings, clip):
+def rows_of(clip):
     """{name of a row: its tiles (T,C,H,W) from 0 to 1}: what the net gets, a column a second."""
     frames, spectrograms, *_ = clip
     frames = frames[:: len(frames) // len(spectrograms)]  # (T,3,S,S); UCF101 has two for a sound
@@ -1282,34 +1259,34 @@ def as_drawn(spectrograms):
 
 
 def rows_of_answers(settings, facts, clip, answers):
-    """{"found" and "true": T masks or T texts}. answers: masks or labels, None for what is unknown.
-    AVQA's question stands above its answers."""
-    columns = len(clip[1])  # T
+    """{name of a row: masks or texts} of answers, {"found" and "true": masks or labels}. AVQA's
+    question stands above its answers."""
+    if settings.task == "avs":
+        return answers
+    names = facts.get("classes") or facts["vocabulary"]["answers"]
+    names = [*names, "background"]  # the last label of AVE
     rows = {}
     if settings.task == "avqa":
         words = facts["vocabulary"]["words"]
         question = [words[index] for index in clip[2] if index > 0]
-        rows["question"] = [" ".join(question)] + [""] * (columns - 1)
+        rows["question"] = [" ".join(question)]
     for what, labels in answers.items():
-        if labels is not None and settings.task == "avs":
-            rows[what] = labels[:, None].float()  # (T,1,M,M)
-        elif labels is not None:
-            rows[what] = names_of(facts, labels.expand(columns))
+        rows[what] = [names[k] for k in labels.view(-1)]
     return rows
 
 
 def draw(rows, path):
     """Write a picture as PNG: a row for each name, a column for each second.
 
-    rows: {name: T images (T,1 or 3,H,W) from 0 to 1, or T texts}. A long text goes on over
-    the empty columns to its right."""
+    rows: {name: T images (T,1 or 3,H,W) from 0 to 1, T masks (T,H,W), or texts}. A long text goes
+    on over the empty columns to its right."""
     left = 190  # of the columns: the names have room before them
     step = TILE + 4  # from one tile to the next, with a white edge
     columns = max(len(tiles) for tiles in rows.values())
     width = left + step * max(columns, 6)  # room for a question above one column
-    page = PIL.Image.new("RGB", (width, step * len(rows)), "white")
-    pen = PIL.ImageDraw.Draw(page)
-    font = PIL.ImageFont.load_default(17)  # large enough to read at the width of a page
+    page = Image.new("RGB", (width, step * len(rows)), "white")
+    pen = ImageDraw.Draw(page)
+    font = ImageFont.load_default(17)  # large enough to read at the width of a page
     top = 0  # of the row
     for name, tiles in rows.items():
         name = textwrap.fill(name, 20)
@@ -1317,12 +1294,13 @@ def draw(rows, path):
         for column, tile in enumerate(tiles):
             x = left + column * step
             if torch.is_tensor(tile):
-                image = to_pil_image(tile.expand(3, -1, -1).clamp(0, 1))
-                page.paste(image.resize((TILE, TILE), PIL.Image.NEAREST), (x, top))
+                image = to_pil_image(tile.float().expand(3, -1, -1).clamp(0, 1))
+                page.paste(image.resize((TILE, TILE), Image.NEAREST), (x, top))
             else:
                 pen.text((x + 4, top + 4), tile, "black", font)
         lines = name.count("\n") + 1
         top += step if torch.is_tensor(tiles) else 28 * lines
+    data.make_folder_of(path)
     page.crop((0, 0, width, top)).save(path)
     print(f"drawn in {path}")
 
@@ -1374,7 +1352,7 @@ def bench(settings):
     net = make_net(settings)
     load_weights(settings, net)
     model = add_head(settings, REAL_SIZES, net)
-    optimizer = make_optimizer(settings, model)
+    optimizer = make_optimizer(model)
     clips = random_clips(settings)
     in_training = []  # AVS then decodes the first frame alone, and AVQA reads negatives
     if settings.task == "avs":
@@ -1389,8 +1367,6 @@ def bench(settings):
             with autocast(settings), torch.set_grad_enabled(training):
                 logits = model(*inputs)
             if training:
-                if settings.task != "avqa":
-                    logits = [logits]
                 loss = sum(x.square().mean() for x in logits if x is not None)
                 optimizer.zero_grad()
                 loss.backward()
@@ -1458,7 +1434,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         usage="python train.py COMMAND [PATH ...] [--OPTION VALUE ...]",
         description=__doc__,
-        epilog="Options, with _ or with -:\n\n" + inspect.getsource(Settings),
+        epilog="Options, with - in place of _:\n\n" + inspect.getsource(Settings),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -1492,12 +1468,13 @@ def settings_of(recipe, given):
         raise InputError(f"--device {settings.device} cannot be used: {reason}") from None
     for setting in fields(Settings):
         value = getattr(settings, setting.name)
-        fits = type(value) is setting.type
-        require(fits, f"{option(setting.name)} cannot be {value!r}")
+        require(type(value) is setting.type, f"{option(setting.name)} cannot be {value!r}")
         if setting.type in (int, float):
             least = 1 if setting.name in NEVER_ZERO else 0
-            fits = least <= value < 10**9  # NaN does not
-            require(fits, f"{option(setting.name)} must be at least {least} and below 10^9")
+            require(
+                least <= value < 10**9,  # NaN is not
+                f"{option(setting.name)} must be at least {least} and below 10^9",
+            )
     require(settings.channels % 8 == 0, "--channels must be a multiple of 8")
     require(settings.hidden % 4 == 0, "--hidden must be a multiple of 4")
     return settings
@@ -1515,20 +1492,19 @@ def train_task(task, given):
         recipes = TOY
         print("A nano backbone takes the toy's recipe: the paper's rates are too small for it.")
     out = given.get("out", f"runs/{basename(normpath(folder))}")
-    recipe = replace(recipes[task], data=folder, out=out)
+    recipe = replace(recipes[task], data=folder)
     if given.get("resume"):
-        recipe = replace(load_run(out, "state.pt")["settings"], out=out)
+        recipe = load_run(f"{out}/state.pt")["settings"]
         require(recipe.task == task, f"{out} holds a run of {recipe.task}")
     else:
         require(not exists(out), f"{out} is there already; --resume it, or choose another --out")
-    settings = settings_of(recipe, given)
-    to_make = settings.data == toy  # if it is not there
-    require(to_make or exists(settings.data), f"--data: there is no {settings.data}")
+    settings = settings_of(recipe, {**given, "out": out})
+    require(settings.data == toy or exists(settings.data), f"--data: there is no {settings.data}")
     net = make_net(settings)  # before data are made or read: it refuses options that do not fit
     weights_path(settings)  # refuses a wrong --weights; the path is not needed yet
     join_processes(settings.device)
     if rank() == 0:
-        if to_make and not exists(toy):
+        if not exists(settings.data):
             data.make_toy(task, toy)
         make_weights(settings)
         os.makedirs(out, exist_ok=settings.resume)
@@ -1555,7 +1531,7 @@ def main(arguments=None):
         if command in LOOPS:
             require(not paths, f"{command} takes no {paths}; options begin with --")
             train_task(command, given)
-        elif os.environ.get("RANK", "0") == "0":  # under torchrun these run once
+        elif rank() == 0:  # under torchrun these run once
             require(paths, f"{command} of what? See: python train.py --help")
             first, *others = paths
             if command == "eval":

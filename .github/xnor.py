@@ -39,7 +39,7 @@ for title, folder in (("both directions", both), ("late fusion", late)):
     event = 1 - logits.softmax(-1)[:, -1]  # (160,), that it is any event and not background
     if folder == both:
         bells = [frames[::40], spectrograms[::40]]
-        rows.update(train.rows_of(settings, bells))
+        rows.update(train.rows_of(bells))
         adapter = train.adapters_with_latents(model.net)[ADAPTER]
         rows.update(train.rows_of_latents(settings, model, bells, ADAPTER, adapter))
     rows[f"event? {title}"] = [f"{p:.2f}" for p in event.view(4, 40).mean(1).tolist()]
