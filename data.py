@@ -201,7 +201,7 @@ def read_json(path):
     text = "\n".join(read_lines(path))
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); fetch or make it again") from None
 
 
@@ -210,7 +210,7 @@ def missing_files(dataset):
     missing = []
     for i in distinct_items(dataset):
         *images, wav = dataset.files(i)  # frames, with AVSBench masks, and the sound
-        needed = [*itertools.chain(*images), wav]
+        needed = sum(images, [wav])
         missing += [path for path in needed if path and not exists(path)]
     return missing
 
@@ -739,6 +739,7 @@ def extract_video(path, out):
     video = Path(path).stem
     frames, wav = video_paths(out, video)
     if exists(wav):
+        require(exists(frames), f"{wav} is there without {frames}; move it away")
         return video
     if not exists(f"{frames}/sound.wav"):  # it is there if a call was stopped before os.replace
         require(not exists(frames), f"{frames} is there without {wav}; move it away")
@@ -777,8 +778,7 @@ def run_ffmpeg(path, folder):
     said = " ".join(done.stderr.split())[:500]  # a damaged video can fill pages
     require("'0:a:0' matches no streams" not in said, f"{path} has no sound")
     require("'0:v:0' matches no streams" not in said, f"{path} has no pictures")
-    fault = f"{path} wants pictures and sound that ffmpeg can read: {said}"
-    require(done.returncode == 0, fault)
+    require(done.returncode == 0, f"{path} wants pictures and sound that ffmpeg can read: {said}")
 
     frames = len(os.listdir(folder)) - 1  # all files but sound.wav
     sound = len(read_wav(f"{folder}/sound.wav")) / SAMPLE_RATE

@@ -2127,6 +2127,12 @@ def test_extraction_takes_odd_names_and_names_bad_videos(roots, capsys):
     data.extract("my videos", "out")
     assert "1 of 3 videos are in out" in capsys.readouterr().out
 
+    shutil.rmtree("out/video_frames")  # a sound from elsewhere is no video that is done
+    data.extract("my videos", "out")
+    printed = capsys.readouterr().out
+    assert "-a b.c%d.wav is there without out/video_frames/-a b.c%d; move it away" in printed
+    assert "0 of 3 videos are in out" in printed
+
 
 KILLED = """
 import os, pathlib, signal, subprocess, data
