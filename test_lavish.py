@@ -2937,6 +2937,21 @@ def test_an_attention_map_is_as_large_as_the_picture_it_is_of():
         assert_close(tiles[:, :, 4:], sound[:, :, 4:] * 0.01 / 0.37)
 
 
+def test_an_even_look_is_one_also_over_a_whole_clip():
+    """VideoMAE's latents read all tokens of a clip at once, 8 moments of 4 places."""
+    net = lavish.Lavish(lavish.make_backbone("videomae_nano"))
+    model = lavish.UCF101(net, 3).eval()
+    settings = train.Settings("ucf101", image_size=32, device="cpu")
+    clip = [torch.randn(16, 3, 32, 32), torch.randn(8, 32, 32)]
+    adapter = net.audio_adapters[0][0]
+    even = torch.full((1, 2, 32), 1 / 32)
+    adapter.compress = Mock(return_value=(even, torch.zeros(1, 2, 64)))
+    rows = train.rows_of_latents(settings, model, clip, "sound reads sight", adapter)
+    frames = train.rows_of(clip)["frame"]
+    for number in (1, 2):
+        assert_close(rows[f"sound reads sight: latent {number} (1.0 x even)"], frames)
+
+
 def test_look_at_masks_swaps_the_sounds(toys, monkeypatch):
     """One frame beside other sounds; with sight's gates shut the masks are all the same."""
     main(f"avs --data={toys}/avs --epochs=1 --batch-size=3 --lr=0.1 --out=run")

@@ -1199,8 +1199,8 @@ def rows_of_latents(settings, model, clip, name, adapter):
     frames, spectrograms = rows_of(clip).values()
     picture = spectrograms if name.startswith("sight") else frames  # (T,C,H,W)
     for number, weights in enumerate(attention.float().cpu().unbind(1), 1):  # (BT,N)
-        weights = weights.reshape(len(picture), -1)  # (T,N); VideoMAE had (1,T*N)
         greatest = weights.max() * weights.shape[1]
+        weights = weights.reshape(len(picture), -1)  # (T,N); VideoMAE had (1,T*N)
         side = math.isqrt(weights.shape[1])
         maps = weights[:, -side * side :]  # without a ViT's class token
         maps = maps.view(-1, 1, side, side)  # (T,1,H,H)
