@@ -1322,6 +1322,7 @@ def test_the_mask_of_the_toy_of_avs_is_that_of_the_colour_that_sounds(toys):
     "seen, heard, asked, answers",
     [
         (["bell", "drum"], "horn", "horn", ["two", "horn", "zero", "no"]),
+        (["bell", "drum"], "drum", "bell", ["two", "drum", "one", "no"]),
         (["drum"], "drum", "drum", ["one", "drum", "one", "yes"]),
     ],
 )
@@ -1330,7 +1331,205 @@ def test_the_answers_of_the_toy_of_avqa(seen, heard, asked, answers):
 
     A wrong table would be learned as well, and nothing else would tell.
     """
-    assert [row[-1] for row in data.questions(seen, heard, asked)] == answers
+    rows = data.questions(seen, heard, asked)
+    assert [row[-1] for row in rows] == answers
+    assert json.loads(rows[-1][2]) == [data.INSTRUMENTS[asked].colour]
+
+
+def heard_in(sound):
+    """The instrument in a second of sound: the one whose lowest tone is nearest to the lowest
+    strong one; None where there is noise alone.
+    """
+    if sound.square().mean().sqrt() < 0.006:
+        return None
+    spectrum = torch.fft.rfft(sound[:16000]).abs()  # a number for each whole Hz
+    lowest = (spectrum > spectrum.max() / 2).nonzero()[0].item()
+    distances = {}
+    for name, instrument in data.INSTRUMENTS.items():
+        distances[name] = abs(math.log(lowest / instrument.hertz))
+    return min(distances, key=distances.get)
+
+
+@parametrize("name", list(data.INSTRUMENTS))
+def test_a_toys_instrument_sounds_as_its_row_says(name):
+    """As loud as it is told, with its tones and its strokes, fading or held."""
+    instrument = data.INSTRUMENTS[name]
+    sound = data.record(name, 4, (0.1, 0.1), np.random.default_rng(0))
+    assert len(sound) == 64000
+    assert abs(np.sqrt(np.mean(sound**2)) - 0.1) < 0.001
+    assert heard_in(torch.from_numpy(sound)) == name
+
+    levels = np.sqrt(np.mean(sound.reshape(128, 500) ** 2, 1))  # 32 a second
+    if instrument.fade:
+        rhythm = abs(np.fft.rfft(levels - levels.mean()))  # a number for each quarter of 1 Hz
+        assert rhythm.argmax() == 4 * instrument.strokes
+        assert levels.max() > math.exp(0.5 * instrument.fade / instrument.strokes) * levels.min()
+        ratios = levels[1:] / levels[:-1]  # it is struck at once and fades slowly
+        assert ratios.max() > 2 / ratios.min()
+    else:
+        assert levels.max() < 1.5 * levels.min()
+
+
+@parametrize("shape, share", [("bell", 0.785), ("flute", 0.5), ("drum", 0.98), ("horn", 0.295)])
+def test_a_toys_outline_is_its_instruments(shape, share):
+    """Circle, diamond, square and star by the share of the square around each that it fills, at
+    the place and of the size and colour that are asked for.
+    """
+    rng = np.random.default_rng(0)
+    front = data.Thing(shape, "drum", 0.6, 0.45, 0.3)
+    behind = data.Thing("drum", "horn", 0.6, 0.45, 0.1)
+    image, masks = data.render([behind, front], rng)
+    for mask in masks:  # also of what is covered
+        rows, columns = mask.nonzero().T / 32
+        assert abs(columns.float().mean() + 1 / 64 - 0.6) < 0.01
+        assert abs(rows.float().mean() + 1 / 64 - 0.45) < 0.01
+    assert abs(masks[1].float().mean() / 0.6**2 - share) < 0.02
+    colour = image[:, masks[1]].float().mean(1)
+    assert np.allclose(colour, data.COLOURS["blue"], atol=8)
+    around = image[:, ~masks[1]].float()
+    assert 30 < around.mean(1).min() < around.mean(1).max() < 120
+    assert 10 < around.std(1).max() < 18
+
+
+def test_instruments_of_a_film_circle_evenly():
+    """At equal angles on a circle, all by the same angle from scene to scene: so they stay apart
+    and within the image.
+    """
+    speeds = []
+    for seed in range(4):
+        scenes = data.film(["bell", "drum", "horn"], 4, np.random.default_rng(seed))
+        places = []  # of the three in each scene, as complex numbers
+        for _, masks in scenes:
+            centres = [mask.nonzero().double().mean(0) / 32 + 1 / 64 - 0.5 for mask in masks]
+            places.append([complex(column, row) for row, column in centres])
+        places = np.array(places)  # (4,3)
+        assert np.allclose(abs(places), 0.27, atol=0.01)
+        assert np.allclose(places.sum(1), 0, atol=0.03)
+        turns = np.angle(places[1:] / places[:-1])
+        assert np.allclose(turns, turns[0, 0], atol=0.1)
+        speeds.append(turns[0, 0])
+    assert min(speeds) < -0.05 < 0.05 < max(speeds)
+
+
+def area_of(name, image):
+    """The share of an image (3,S,S) that has about the colour of an instrument."""
+    colour = torch.tensor(data.COLOURS[data.INSTRUMENTS[name].colour])
+    distance = (image - colour[:, None, None]).abs().amax(0)  # (S,S)
+    return (distance < 60).float().mean()
+
+
+def test_pictures_for_pretraining_are_of_their_classes(monkeypatch):
+    """Four shapes times four colours, each whole within its picture."""
+    spy = Mock(side_effect=data.render)
+    monkeypatch.setattr(data, "render", spy)
+    pictures, classes = data.toy_images(100, np.random.default_rng(0))
+    assert set(classes.tolist()) == set(range(16))
+    mean, std = torch.tensor([data.IMAGENET_MEAN, data.IMAGENET_STD])[..., None, None]
+    pictures = (pictures * std + mean) * 255
+    for call, number, picture in zip(spy.call_args_list, classes, pictures):
+        (thing,), _ = call.args
+        assert 4 * data.NAMES.index(thing.shape) + data.NAMES.index(thing.colour) == number
+        assert thing.radius <= min(thing.x, thing.y)
+        assert max(thing.x, thing.y) <= 1 - thing.radius
+        assert area_of(thing.colour, picture) > thing.radius**2
+
+
+def test_labels_of_the_toy_of_ave_are_where_loudness_fits_size(monkeypatch):
+    """In the seconds of the event and in no other one its instrument is seen and heard, large and
+    loud or small and soft.
+    """
+    render = Mock(side_effect=data.render)
+    record = Mock(side_effect=data.record)
+    monkeypatch.setattr(data, "render", render)
+    monkeypatch.setattr(data, "record", record)
+    with patch.dict(data.TOY_CLIPS, {"ave": {"train": 40}}):
+        data.toy_ave("a", np.random.default_rng(0))
+    lines = Path("a/trainSet.txt").read_text().splitlines()
+    background = []  # whether the event is seen and whether it is heard, None if nothing is
+    lengths = set()
+    for second, (scene, sound) in enumerate(zip(render.call_args_list, record.call_args_list)):
+        event, _, _, start, end = lines[second // 10].split("&")
+        lengths.add(int(end) - int(start))
+        heard, seconds, (softest, _), _ = sound.args
+        assert seconds == 1
+        seen = None
+        fits = False
+        for thing in scene.args[0]:
+            seen = thing.shape
+            assert thing.colour == seen
+            fits = seen == heard == event and (thing.radius > 0.2) == (softest > 0.05)
+        assert fits == (int(start) <= second % 10 < int(end))
+        if not fits:
+            background.append((seen and seen == event, heard and heard == event))
+    assert second == 399
+    assert lengths == {3, 4, 5, 6, 7}
+    both = background.count((True, True)) / len(background)
+    assert 0.5 < both < 0.7
+    others = {(True, True), (None, True), (True, None), (True, False), (False, True)}
+    assert set(background) == others
+
+
+def test_the_toy_of_avqa_has_all_cases():
+    """What sounds is seen or not, and what is asked for is one that is seen or the one heard."""
+    with patch.dict(data.TOY_CLIPS, {"avqa": {"train": 40}}):
+        data.toy_avqa("a", np.random.default_rng(0))
+    rows = data.read_json("a/avqa-train.json")
+    cases = []
+    for first in range(0, len(rows), 4):
+        count, heard, sounding, asked = rows[first : first + 4]
+        colour = data.INSTRUMENTS[heard["anser"]].colour
+        is_heard = json.loads(asked["templ_values"]) == [colour]
+        cases.append((count["anser"], sounding["anser"], is_heard))
+    assert set(cases) == {
+        ("one", "zero", True),
+        ("one", "zero", False),
+        ("one", "one", True),
+        ("two", "zero", True),
+        ("two", "zero", False),
+        ("two", "one", True),
+        ("two", "one", False),
+    }
+    assert 10 <= [sounding for _, sounding, _ in cases].count("one") <= 30
+
+
+def test_the_sounds_and_lists_of_the_toys_fit(toys):
+    """What a folder, an answer or a class names is what is heard, and who says none has none."""
+    items = data.AVEDataset(f"{toys}/ave", "val", SIZE, STATS)
+    assert set(items.classes) <= set(data.NAMES)  # and the header is none
+    assert (toys / "ave/Annotations.txt").read_text().count("\n") == 1 + 4 + 1 + 3
+    for path in toys.glob("avs/s4_data/audio_wav/*/*/*.wav"):
+        assert heard_in(read_wav(str(path))) == path.parent.name
+    for row in json.loads((toys / "avqa/avqa-train.json").read_text()):
+        if "Which" in row["question_content"]:
+            wav = f"{toys}/avqa/raw_audio/{row['video_id']}.wav"
+            assert heard_in(read_wav(wav)) == row["anser"]
+    wavs = set()
+    for path in toys.glob("ucf101/raw_audio/*.wav"):
+        _, seen, _, heard, group, _ = path.stem.split("_")
+        assert heard_in(read_wav(str(path))) == heard
+        wavs.add(heard)
+    assert wavs == {"horn", "drum"}
+    assert (toys / "ucf101/classInd.txt").read_text().startswith("1 bell_to_horn\n2 bell_to_drum\n")
+    clips = (toys / "ucf101/trainlist01.txt").read_text().split()[:10:2]
+    groups = [clip.partition("/v_bell_to_horn_")[2] for clip in clips]
+    assert " ".join(groups) == "g08_c01.avi g08_c02.avi g09_c01.avi g09_c02.avi g24_c01.avi"
+
+
+def test_a_toy_follows_from_its_seed(monkeypatch):
+    """And holds nothing of one that was stopped."""
+    os.mkdir("a.partial")
+    Path("a.partial/x").write_bytes(b"")
+    clips = {"train": 1, "val": 1, "test": 1}
+    for root, more in (("a", ""), ("b", "--seed 0"), ("c/", "--seed 1")):
+        monkeypatch.setattr(sys, "argv", ["data.py", "toy", "avs", root, *more.split()])
+        with patch.dict(data.TOY_CLIPS, {"avs": clips}), pytest.raises(SystemExit):
+            data.main()
+    a, b, c = [data.AVSBenchDataset(root, "test", SIZE)[0][1] for root in "abc"]
+    assert_same(a, b)
+    assert not torch.equal(a, c)
+    assert data.read_json("c/toy.json") == {"task": "avs", "seed": 1}
+    assert sorted(os.listdir()) == ["a", "b", "c"]
+    assert sorted(os.listdir("a")) == ["fbank32.json", "s4_data", "s4_meta_data.csv", "toy.json"]
 
 
 # ---------------------------------------------------------------- sound
@@ -1722,6 +1921,27 @@ def test_negatives_are_of_other_videos_and_drawn_anew_in_each_epoch(roots):
     assert not torch.equal(training[0][3], bright)
 
 
+def test_a_template_takes_as_many_values_as_it_has_places():
+    """The published ones have two at most: of three the last one would be the second again."""
+    assert data.fill_template("<A> <B> or <C>?", ["x", "y", 3]) == ["x", "y", "or", "3"]
+
+
+def test_numbers_in_a_list_of_questions_are_words():
+    """An ID is a name, and an answer a class, whether json has quotes around it or not."""
+    rows = json.loads(AVQA_QUESTIONS)
+    rows[0].update(video_id=5, anser=2)
+    Path("numbers.json").write_text(json.dumps(rows))
+    question = data.read_questions("numbers.json")[0]
+    assert (question["video"], question["answer"]) == ("5", "2")
+
+
+def test_negatives_want_a_second_video(roots):
+    """With one, there is no other video to draw from."""
+    rows = json.loads(AVQA_QUESTIONS)
+    Path("avqa/avqa-train.json").write_text(json.dumps(rows[1:]))
+    refuses("avqa needs two videos", data.NegativeFrames, dataset("avqa", "train"), 0)
+
+
 # ---------------------------------------------------------------- UCF101
 
 
@@ -1754,6 +1974,13 @@ def test_items_of_ucf101(roots):
     _, spectrograms, label = dataset("ucf101", "test")[0]
     assert (spectrograms == fbank(torch.zeros(16000), SIZE)).all()
     assert label == 1
+
+
+def test_ucf101_without_clips_of_a_split_is_refused(roots):
+    """A training list of one's own may have no groups 24 and 25."""
+    path = Path("ucf101/trainlist01.txt")
+    path.write_text(path.read_text().replace("_g24_", "_g09_"))
+    refuses("trainlist01.txt lists no val clips", dataset, "ucf101", "val")
 
 
 # ---------------------------------------------------------------- all data sets
@@ -1805,6 +2032,9 @@ def test_a_video_is_read_once_for_questions_in_a_row_and_a_toy_once_for_all(root
         ("avqa/avqa-test.json", b'"video_id": "-0 1", ', b"", "question 1: .*video_id"),
         ("avqa/avqa-test.json", b'"no"', b'"maybe"', "avqa-test.json: .*'maybe'"),
         ("avqa/avqa-test.json", b"than", b"than the the", "Is the guzheng .*more than 7"),
+        ("avqa/avqa-test.json", b"louder", b"softer", "no training question has the word 'softer'"),
+        ("avqa/avqa-test.json", b'"type": .*', b'"type": "music",', "question 1: missing or wrong"),
+        ("avqa/avqa-test.json", b'"type": .*', b'"type": null,', "question 1: missing or wrong"),
         ("ucf101/testlist01.txt", b"/", b" ", "testlist01.txt: '.*is not CLASS"),
     ],
 )
@@ -1914,12 +2144,9 @@ def test_a_mask_of_another_size_is_refused(roots):
 
 def test_check_reads_frames_that_only_a_negative_may_be(roots, capsys):
     """Training draws negatives from all frames of a video, also from those between the moments."""
-    rows = json.loads(Path("avqa/avqa-train.json").read_text())
-    folder = Path("avqa/video_frames", rows[0]["video_id"])
-    items = data.MusicAVQADataset("avqa", "train", SIZE, STATS, moments=2)
-    between = sorted(folder.iterdir(), key=lambda path: int(path.stem))[1]
-    assert str(between) not in items.paths_and_sound(0)[0]
-    between.write_bytes(b"x")
+    between = "avqa/video_frames/sa2/4.jpg"  # of 14 frames ten are read
+    assert between not in dataset("avqa", "train").paths_and_sound(1)[0]
+    Path(between).write_bytes(b"x")
     data.check("avqa", "avqa", SIZE)
     assert f"{between} is not a readable image" in capsys.readouterr().out
 
@@ -1996,6 +2223,8 @@ def test_statistics_are_the_means_of_the_seconds_means_and_stds(roots):
         ("ave", 48, "data.py stats ave ave --size 48\n"),
         ("ave", 192, "data.py stats ave ave --size 192\n"),
         ("avs", 192, "data.py stats avs avs --size 192\n"),
+        ("avqa", 48, "data.py stats avqa avqa --size 48\n"),
+        ("ucf101", 48, "data.py stats ucf101 ucf101 --size 48\n"),
     ],
 )
 def test_statistics_of_other_data_are_used_but_said(roots, capsys, task, size, said):
@@ -2020,6 +2249,50 @@ def test_aves_own_statistics_hold_for_aves_classes_alone(capsys):
     data.find_stats("none", "ave", 192, classes[:-1])
     data.find_stats("none", "ave", 224, classes)
     assert capsys.readouterr().out.count("no statistics") == 2
+
+
+def test_check_counts_no_split_that_it_cannot_read(roots, capsys):
+    """Its list is the fault; the others are read all the same."""
+    os.remove("ave/valSet.txt")
+    assert data.check("ave", "ave", SIZE) == 1
+    printed = capsys.readouterr().out
+    assert re.findall("^(.*): 3 items$", printed, re.MULTILINE) == ["train", "test"]
+    assert printed.endswith("\nMend these 1 before training.\n")
+
+
+def test_check_counts_all_clips_and_seconds_of_a_class(roots, capsys):
+    """Also where a data set has no list of its classes."""
+    Path("ave/trainSet.txt").write_text(AVE_ROWS.replace("0&0", "5&6"))
+    data.check("ave", "ave", SIZE)
+    assert "Church bell: train 2 (3 s), val 2 (2 s), test 2 (2 s)\n" in capsys.readouterr().out
+    data.check("avqa", "avqa", SIZE)
+    assert "yes: train 1 (10 s), test 1 (10 s)\n" in capsys.readouterr().out
+    data.check("ucf101", "ucf101", SIZE)
+    assert "Bell: train 0 (0 s), val 1 (8 s), test 1 (8 s)\n" in capsys.readouterr().out
+
+
+def test_a_fault_of_a_video_and_missing_statistics_are_said_once(roots, capsys):
+    """Not for each question on the video, and not for each split."""
+    os.remove("avqa/video_frames/sa2/14.jpg")
+    Path("avqa/avqa-val.json").write_text(AVQA_QUESTIONS)
+    os.remove("avqa/raw_audio/sa2.wav")
+    data.check("avqa", "avqa", SIZE)
+    printed = capsys.readouterr().out
+    assert printed.count("no sound at avqa/raw_audio/sa2.wav") == 3  # one a split
+    assert printed.count("no statistics") == 1
+
+
+def test_silence_is_not_measured(roots):
+    """Clips without sound would darken the mean; with none that has sound there is no mean."""
+    path = Path("ucf101/trainlist01.txt")
+    path.write_text(path.read_text().replace("_g24_", "_g09_"))
+    write_video("ucf101", "v_Bell_g09_c01", range(0, 128, 4), noise(4))
+    os.remove("ucf101/raw_audio/v_Bell_g09_c01.wav")
+    both = data.measure_stats("ucf101", "ucf101", SIZE)
+    path.write_text("Act/v_aCT_g08_c01.avi 1\n")
+    assert data.measure_stats("ucf101", "ucf101", SIZE) == both
+    os.remove("ucf101/raw_audio/v_aCT_g08_c01.wav")
+    refuses("no training clip of ucf101 has sound", data.measure_stats, "ucf101", "ucf101", SIZE)
 
 
 # ---------------------------------------------------------------- files
@@ -2076,6 +2349,24 @@ def test_a_class_that_blocks_a_checkpoint_is_named():
     torch.save({"model": torch.ones(1000)}, "cut.pth")
     os.truncate("cut.pth", 2000)
     refuses("cut.pth .* it is cut or damaged; delete it", data.load_tensors, "cut.pth")
+
+
+def test_a_file_is_on_the_disk_before_its_name_is(monkeypatch):
+    """All of it is handed over before fsync, which knows nothing of Python's buffer."""
+    sizes = []
+
+    def spy(descriptor):
+        sizes.append(os.fstat(descriptor).st_size)
+        assert not os.path.exists("a")
+
+    monkeypatch.setattr(os, "fsync", spy)
+    data.write_lines(["four"], "a")
+    assert sizes == [5]
+
+
+def test_a_checkpoint_that_is_not_there_is_named():
+    """With what may be the reason."""
+    refuses("no none.pt: wrong path", data.load_tensors, "none.pt")
 
 
 # ---------------------------------------------------------------- videos
@@ -2173,9 +2464,9 @@ def test_sound_that_starts_late_keeps_its_place(roots):
     """
     frames, wav = clip_of("ave", "x_1")
     write_wav(wav, noise(7))
-    film("late.mkv", (frames, wav), delay=3)
-    data.extract_video("late.mkv", "out")
-    heard = read_wav("out/raw_audio/late.wav")
+    film("-late.mkv", (frames, wav), delay=3)
+    data.extract_video("-late.mkv", "out")
+    heard = read_wav("out/raw_audio/-late.wav")
     assert heard[:46000].abs().max() < 0.01
     assert np.corrcoef(heard[48000:150000], read_wav(wav)[:102000])[0, 1] > 0.9
 
@@ -2252,6 +2543,89 @@ def test_without_ffmpeg_one_line_says_to_install_it(monkeypatch):
     monkeypatch.setenv("PATH", "")
     refuses("install ffmpeg", data.extract_video, "a.mp4", "out")
     assert not os.listdir()
+
+
+@parametrize(
+    "header, stream, wanted",
+    [
+        ({"duration": "20.0"}, {}, 20),
+        ({}, {}, 0),  # a pipe's
+        ({"format_name": "avi", "duration": "12.0"}, {"nb_frames": "500"}, 20),
+        ({"format_name": "avi", "duration": "20.0"}, {"nb_frames": "250"}, 20),
+        ({"format_name": "avi", "duration": "20.0"}, {}, 20),
+        (
+            {"format_name": "avi", "duration": "20.0"},
+            {"nb_frames": "9", "avg_frame_rate": "0/0"},
+            20,
+        ),
+        ({"duration": "20.0"}, {"nb_frames": "750"}, 20),
+    ],
+)
+def test_a_header_promises_a_length(monkeypatch, header, stream, wanted):
+    """Its duration, and in an avi, of which a cut shortens the duration, its number of frames."""
+    header = {"format_name": "mp4", **header}
+    stream = {"time_base": "1/25", **stream}
+    answer = json.dumps({"format": header, "streams": [stream]})
+    monkeypatch.setattr(subprocess, "check_output", Mock(return_value=answer))
+    assert data.promised_length("a.avi") == wanted
+
+
+@parametrize(
+    "count, seconds, promised, fault",
+    [
+        (10, 10.8, 10, None),
+        (9, 9.2, 10, None),
+        (11, 10, 10, None),
+        (10, 10, 0, None),  # a header without a length
+        (10, 11.2, 10, "10 frames, one a second, 11.2 s of sound"),
+        (10, 8.8, 10, "10 frames, one a second, 8.8 s of sound"),
+        (12, 10, 10, "12 frames"),
+        (8, 10, 10, "8 frames"),
+        (5, 5, 10, "by its header, 10.0 s"),
+        (0, 0.3, 0.3, "too short for one frame a second: it lasts 0.3 s"),
+    ],
+)
+def test_frames_and_sound_are_as_long_as_the_header_says(
+    monkeypatch, count, seconds, promised, fault
+):
+    """Up to a second, which is less than a video loses that is cut."""
+    write_video("out", "a", range(count), noise(seconds))
+    folder = Path("out/video_frames/a")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.rename("out/raw_audio/a.wav", folder / "sound.wav")
+    monkeypatch.setattr(data, "promised_length", Mock(return_value=promised))
+    done = Mock(stderr="", returncode=0)  # of an ffmpeg that has written these files
+    monkeypatch.setattr(subprocess, "run", Mock(return_value=done))
+    if fault:
+        refuses(fault, data.run_ffmpeg, "a.mp4", str(folder))
+    else:
+        data.run_ffmpeg("a.mp4", str(folder))
+
+
+def test_what_ffmpeg_says_may_be_no_utf8(tmp_path, monkeypatch):
+    """It prints names and tags of a video as they are."""
+    Path("ffmpeg").write_text("#!/bin/sh\nprintf 'tag \\351' >&2\nexit 1\n")
+    os.chmod("ffmpeg", 0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    refuses("a.mp4 wants pictures and sound.*tag", data.extract_video, "a.mp4", "out")
+    assert os.listdir("out/video_frames") == []
+
+
+def test_frames_without_their_sound_are_not_overwritten():
+    """They are no work of `extract`, which moves both or none. It needs no video to see that."""
+    os.makedirs("out/video_frames/a")
+    refuses("out/video_frames/a is there without", data.extract_video, "a.mp4", "out")
+
+
+def test_videos_of_one_name_are_refused(capsys):
+    """The ID is the name without its ending: one would stand for the other."""
+    os.mkdir("videos")
+    for name in ("a.mp4", "a.avi", ".DS_Store"):
+        Path("videos", name).write_bytes(b"")
+    assert data.extract("videos", "out") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("another file has the same name") == 2
+    assert "0 of 2 videos are in out" in printed
 
 
 # ---------------------------------------------------------------- settings
@@ -3137,8 +3511,19 @@ def test_two_processes_train_one_model_and_score_as_one(toys, monkeypatch, capsy
     "line, code, said",
     [
         ("check flute .", 2, "unknown task 'flute'"),
+        ("teach ave new", 2, "invalid choice: 'teach'"),
+        ("check '' .", 2, "the name of a folder is empty"),
+        ("check ave ''", 2, "the name of a folder is empty"),
+        ("check ave ave --size 15", 2, "--size wants at least 16"),
+        ("toy ave new --seed -1", 2, "--seed at least 0"),
         ("toy ave ave", 2, "ave is there already"),
-        ("stats ave ave --size 32", 0, "ave/fbank32.json"),
+        ("extract none out", 2, "No such file"),
+        ("extract ave/video_frames out", 1, "0 of 2 videos are in out"),
+        ("check ave ave", 0, "data.py stats ave ave --size 192"),
+        ("check ave ave --size 16", 0, "data.py stats ave ave --size 16"),
+        ("check ave ave --size 32", 0, "Next: python train.py ave --data ave"),
+        ("check avqa avqa", 1, "Mend these 1 before training"),
+        ("stats ave ave --size 16", 0, "ave/fbank16.json"),
     ],
 )
 def test_data_py_as_a_person_types_it(roots, monkeypatch, capfd, line, code, said):
@@ -3146,11 +3531,23 @@ def test_data_py_as_a_person_types_it(roots, monkeypatch, capfd, line, code, sai
 
     A trace on stderr, or an error that exits with 0, would break a script around it.
     """
-    monkeypatch.setattr(sys, "argv", ["data.py", *line.split()])
+    monkeypatch.setattr(sys, "argv", ["data.py", *shlex.split(line)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(data.__file__, run_name="__main__")
+    assert stop.value.code == code
+    assert said in capfd.readouterr()[code == 2]
+    if line.startswith("stats"):
+        assert data.find_stats("ave", "ave", 16) == data.read_json("ave/fbank16.json")
+
+
+def test_control_c_exits_as_programs_do(monkeypatch, capsys):
+    """130, by which a shell ends a loop around it."""
+    monkeypatch.setattr(sys, "argv", ["data.py", "toy", "avs", "a"])
+    monkeypatch.setattr(data, "make_toy", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit) as stop:
         data.main()
-    assert stop.value.code == code
-    assert said in capfd.readouterr()[code > 0]
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "data.py: stopped; run the same command again\n"
 
 
 def test_a_run_is_not_scored_on_data_of_other_classes(toys, capsys):
