@@ -1379,7 +1379,7 @@ def test_a_toys_outline_is_its_instruments(shape, share):
     front = data.Thing(shape, "drum", 0.6, 0.45, 0.3)
     behind = data.Thing("drum", "horn", 0.6, 0.45, 0.1)
     image, masks = data.render([behind, front], rng)
-    for mask in masks:  # also of what is covered
+    for mask in masks:  # also that of what is covered
         rows, columns = mask.nonzero().T / 32
         assert abs(columns.float().mean() + 1 / 64 - 0.6) < 0.01
         assert abs(rows.float().mean() + 1 / 64 - 0.45) < 0.01
@@ -1498,7 +1498,10 @@ def test_the_sounds_and_lists_of_the_toys_fit(toys):
     assert set(items.classes) <= set(data.NAMES)  # and the header is none
     assert (toys / "ave/Annotations.txt").read_text().count("\n") == 1 + 4 + 1 + 3
     for path in toys.glob("avs/s4_data/audio_wav/*/*/*.wav"):
-        assert heard_in(read_wav(str(path))) == path.parent.name
+        sound = read_wav(str(path))
+        assert len(sound) == 5 * 16000
+        assert heard_in(sound) == path.parent.name
+    assert len(list(toys.glob("avs/s4_data/gt_masks/*/*/*/*.png"))) == 4 + 5 * 1 + 5 * 3
     for row in json.loads((toys / "avqa/avqa-train.json").read_text()):
         if "Which" in row["question_content"]:
             wav = f"{toys}/avqa/raw_audio/{row['video_id']}.wav"
@@ -1936,7 +1939,9 @@ def test_numbers_in_a_list_of_questions_are_words():
 
 
 def test_negatives_want_a_second_video(roots):
-    """With one, there is no other video to draw from."""
+    """There is one for each moment. With one video, there is no other one to draw from."""
+    negatives = data.NegativeFrames(dataset("avqa", "train"), 0)[0][3]
+    assert negatives.shape == (10, 3, SIZE, SIZE)
     rows = json.loads(AVQA_QUESTIONS)
     Path("avqa/avqa-train.json").write_text(json.dumps(rows[1:]))
     refuses("avqa needs two videos", data.NegativeFrames, dataset("avqa", "train"), 0)
@@ -2280,6 +2285,7 @@ def test_a_fault_of_a_video_and_missing_statistics_are_said_once(roots, capsys):
     printed = capsys.readouterr().out
     assert printed.count("no sound at avqa/raw_audio/sa2.wav") == 3  # one a split
     assert printed.count("no statistics") == 1
+    assert "InputError" not in printed
 
 
 def test_silence_is_not_measured(roots):
@@ -2575,6 +2581,7 @@ def test_a_header_promises_a_length(monkeypatch, header, stream, wanted):
     [
         (10, 10.8, 10, None),
         (9, 9.2, 10, None),
+        (1, 1, 1, None),
         (11, 10, 10, None),
         (10, 10, 0, None),  # a header without a length
         (10, 11.2, 10, "10 frames, one a second, 11.2 s of sound"),
@@ -2609,6 +2616,15 @@ def test_what_ffmpeg_says_may_be_no_utf8(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     refuses("a.mp4 wants pictures and sound.*tag", data.extract_video, "a.mp4", "out")
     assert os.listdir("out/video_frames") == []
+
+
+def test_an_extraction_that_was_stopped_before_its_last_step_takes_that_step():
+    """The sound lies among the frames until both are there: nothing else is left to do."""
+    write_video("out", "a", [0], noise(1))
+    os.rename("out/raw_audio/a.wav", "out/video_frames/a/sound.wav")
+    assert data.extract_video("a.mp4", "out") == "a"
+    assert os.listdir("out/raw_audio") == ["a.wav"]
+    assert os.listdir("out/video_frames/a") == ["1.jpg"]
 
 
 def test_frames_without_their_sound_are_not_overwritten():
@@ -3518,12 +3534,12 @@ def test_two_processes_train_one_model_and_score_as_one(toys, monkeypatch, capsy
         ("toy ave new --seed -1", 2, "--seed at least 0"),
         ("toy ave ave", 2, "ave is there already"),
         ("extract none out", 2, "No such file"),
-        ("extract ave/video_frames out", 1, "0 of 2 videos are in out"),
+        ("extract ave/video_frames out", 1, "0 of 2 videos are in out\nNext, with the annotations"),
         ("check ave ave", 0, "data.py stats ave ave --size 192"),
         ("check ave ave --size 16", 0, "data.py stats ave ave --size 16"),
         ("check ave ave --size 32", 0, "Next: python train.py ave --data ave"),
         ("check avqa avqa", 1, "Mend these 1 before training"),
-        ("stats ave ave --size 16", 0, "ave/fbank16.json"),
+        ("stats ave ave --size 16", 0, "ave/fbank16.json)\nNext: python train.py ave --data ave"),
     ],
 )
 def test_data_py_as_a_person_types_it(roots, monkeypatch, capfd, line, code, said):
