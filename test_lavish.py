@@ -2807,6 +2807,67 @@ def test_a_run_in_bf16_is_close_to_one_in_fp32(toys, capsys, task):
     main("eval bf16 --precision=fp32")
 
 
+def test_without_data_a_toy_is_made_and_has_the_toys_recipe(toys, monkeypatch):
+    """As the first command of the README does it; the paper's rates would learn nothing."""
+
+    def make_toy(task, folder):
+        shutil.copytree(toys / task, folder)
+        shutil.copy(toys / "nano.pt", f"{folder}/../nano.pt")
+
+    monkeypatch.setattr(data, "make_toy", make_toy)
+    wanted = train.replace(train.TOY["avs"], data="toy/avs", out="runs/avs", image_size=SIZE)
+    assert settings_of(monkeypatch, "avs") == wanted
+    assert os.listdir("toy/avs")
+
+
+@parametrize("option", ["--precision=fp16", "--modality=x", "--epochs=1.5", "--unknown=1"])
+def test_an_option_of_a_wrong_form_is_refused(capsys, option):
+    """By argparse. With fp16 a run would be in fp32 without a word."""
+    with pytest.raises(SystemExit) as stop:
+        main(f"ave {option}")
+    assert stop.value.code == 2
+    assert option.split("=")[0] in capsys.readouterr().err
+    assert os.listdir() == []
+
+
+def test_a_device_that_torch_was_not_built_for_is_refused(monkeypatch):
+    """A torch for CPUs alone says so by an AssertionError, others by a RuntimeError."""
+    zeros = Mock(side_effect=AssertionError("Torch not compiled with CUDA enabled"))
+    monkeypatch.setattr(torch, "zeros", zeros)
+    fault = "--device cuda cannot be used: Torch not compiled"
+    refuses(fault, train.settings_of, train.TOY["ave"], {"device": "cuda"})
+
+
+def test_matrix_products_of_a_gpu_are_in_tf32(monkeypatch):
+    """In every command, as the release had it."""
+    monkeypatch.setattr(train, "report", Mock())
+    torch.set_float32_matmul_precision("highest")
+    main("report a")
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_an_error_of_a_process_that_reads_clips_is_one_line_too(toys, capsys):
+    """It comes with a trace of that process."""
+    shutil.copytree(toys / "ave", "mine")
+    shutil.copy(toys / "nano.pt", "nano.pt")
+    frames = sorted(Path("mine/video_frames").glob("train*"))
+    for path in [*frames[0].iterdir()]:
+        path.write_bytes(b"x")
+    error = one_line_error(capsys, "ave --data=mine --workers=1 --out=run")
+    assert error.startswith(f"train.py: {frames[0]}")
+    assert not Path("run").exists()
+
+
+def test_help_prints_every_setting(capsys):
+    """And the commands: it is all that a person has who does not read the file."""
+    with pytest.raises(SystemExit) as stop:
+        main("--help")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert train.__doc__.strip() in printed
+    assert inspect.getsource(train.Settings).strip() in printed
+
+
 # ---------------------------------------------------------------- the loops
 
 
@@ -3580,6 +3641,363 @@ def test_a_run_is_not_scored_on_data_of_other_classes(toys, capsys):
     assert "other classes" in one_line_error(capsys, "eval run")
 
 
+def test_what_a_run_prints_and_keeps_of_itself(toys, monkeypatch, capsys):
+    """A line for each epoch; what report reads is the first score on test, and settings, code and
+    seconds beside it.
+    """
+    script = iter([0.1, 0.5, 0.2, 0.9])
+
+    def score(settings, facts, model, loader):
+        return {"accuracy": next(script), "other": 0.0}
+
+    monkeypatch.setattr(train, "evaluate_ave", score)
+    main(f"ave --data={toys}/ave --epochs=3 --batch-size=9 --out=run")
+    run = result("run")
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("epoch")]
+    assert len(lines) == len(run["log"]) == 3
+    for number, (line, done) in enumerate(zip(lines, run["log"]), 1):
+        loss, val = f"{done['loss']:.4f}", f"{done['val']:.4f}"
+        assert line.split()[:6] == ["epoch", f"{number}", "loss", loss, "val", val]
+        assert 0 < done["seconds"] < 100
+    assert ["best so far" in line for line in lines] == [True, True, False]
+    assert [done["val"] for done in run["log"]] == [0.1, 0.5, 0.2]
+    assert run["seconds"] == pytest.approx(sum(done["seconds"] for done in run["log"]))
+    assert run["test"] == 0.9
+    assert run["code"] == train.CODE
+    assert (run["settings"]["epochs"], run["settings"]["out"]) == (3, "run")
+    _, _, model = train.open_run("run", {})
+    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
+    learned = sum(size for is_learned, size in sizes if is_learned)
+    assert f" {learned:,} of {sum(size for _, size in sizes):,}\n" in printed
+
+
+def test_the_picture_of_a_run_has_what_it_found_and_the_truth(toys, monkeypatch):
+    """Of the clip that first_with_error chooses: here the second one."""
+    choose = Mock(side_effect=lambda settings, model, dataset: dataset[1])
+    monkeypatch.setattr(train, "first_with_error", choose)
+    line = f"ave --data={toys}/ave --epochs=1 --batch-size=3 --lr=0.1 --out=run"
+    drawn, _ = drawn_rows(monkeypatch, line)
+    looked_at, _ = drawn_rows(monkeypatch, "look run --split=train")  # it is test still
+    _, facts, model = train.open_run("run", {})
+    frames, spectrograms, labels = data.AVEDataset(f"{toys}/ave", "test", SIZE)[1]
+    names = [*facts["classes"], "background"]
+    found = model(frames[None], spectrograms[None])[0].argmax(-1)
+    assert not torch.equal(found, labels)
+    for rows in (drawn, looked_at):
+        assert rows["found"] == [names[k] for k in found]
+        assert rows["true"] == [names[k] for k in labels]
+        assert_same(rows["frame"], train.rows_of([frames, spectrograms])["frame"])
+
+
+def test_the_first_clip_with_an_error_is_chosen_or_else_the_first_one(monkeypatch):
+    """The net of this test answers with what it is shown."""
+    monkeypatch.setattr(train, "predict_clip", lambda settings, model, clip: clip[0])
+    right = torch.tensor([1, 2])
+    other = torch.tensor([1, 3])
+    clips = [[right, 0, right], [right, 1, other], [right, 2, other]]
+    assert train.first_with_error(None, None, clips)[1] == 1
+    clips = [[right, 0, right], [other, 1, other]]
+    assert train.first_with_error(None, None, clips)[1] == 0
+
+
+@parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_precision_is_that_of_matrix_products(precision, dtype):
+    """A run in the other one, or in float16, would score about the same."""
+    settings = train.Settings("ave", precision=precision, device="cpu")
+    with train.autocast(settings):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == dtype
+
+
+def test_a_trained_run_is_used_where_it_is_now(toys, capsys):
+    """In another folder, and on this machine, though it was trained on a device that it lacks."""
+    main(f"ave --data={toys}/ave --epochs=1 --batch-size=3 --out=run")
+    run = torch.load("run/adapters.pt")
+    run["settings"]["device"] = "meta"
+    torch.save(run, "run/adapters.pt")
+    os.rename("run", "moved")
+    main("look moved")
+    assert {*os.listdir("moved")} == {"adapters.pt", "result.json", "test.png", "look.png"}
+    assert not train.open_run("moved", {})[2].training
+    main("look moved --out=new")
+    assert {*os.listdir()} == {"moved", "new"}
+    assert os.listdir("new") == ["look.png"]
+    assert "--device meta cannot be used" in one_line_error(capsys, "eval moved --device=meta")
+
+
+def test_eval_scores_the_split_that_is_asked_for(toys, monkeypatch):
+    """With the task's own scores; test, unless another one is given."""
+    main(f"ave --data={toys}/ave --epochs=1 --batch-size=3 --out=run")
+    score = Mock(return_value={})
+    monkeypatch.setitem(train.SCORERS, "ave", score)
+    for split in ("train", "val", "test"):
+        main(f"eval run --split={split}" if split != "test" else "eval run")
+        _, _, _, loader = score.call_args.args
+        assert_same(loader.dataset[0], data.AVEDataset(f"{toys}/ave", split, SIZE)[0])
+
+
+def test_a_checkpoint_of_another_program_is_named(capsys):
+    """It may hold anything: another dictionary, without settings."""
+    os.mkdir("run")
+    torch.save({"model": torch.zeros(1)}, "run/adapters.pt")
+    assert "run/adapters.pt is of no run" in one_line_error(capsys, "eval run")
+
+
+def test_predict_cuts_a_film_into_clips_and_numbers_its_seconds(toys, capsys, monkeypatch):
+    """Ten seconds and the three that are left. The names of the pictures begin with no dot, which
+    would hide them.
+    """
+    main(f"ave --data={toys}/ave --epochs=1 --batch-size=3 --out=run")
+    frames, spectrograms = images(13, size=SIZE)
+    film = [frames.float(), spectrograms.float()]
+    monkeypatch.setattr(train, "read_video", Mock(return_value=film))
+    draw = Mock()
+    monkeypatch.setattr(train, "draw", draw)
+    os.mkdir("here")
+    monkeypatch.chdir("here")
+    capsys.readouterr()
+    main("predict ../run ../a.mp4 --out=new")
+    seconds = re.findall(r"^\.\./a.mp4, from (\d+) s: \w", capsys.readouterr().out, re.MULTILINE)
+    assert seconds == [str(t) for t in range(13)]
+    paths = [call.args[1] for call in draw.call_args_list]
+    assert paths == ["new/run-..-a.mp4-0000.png", "new/run-..-a.mp4-0010.png"]
+    shown = [call.args[0]["frame"] for call in draw.call_args_list]
+    assert_same(torch.cat(shown), train.rows_of(film)["frame"])
+    assert "predict wants the folder of a run, then videos" in one_line_error(
+        capsys, "predict ../run"
+    )
+
+
+def test_predict_asks_avqa_its_question(toys, capsys, monkeypatch):
+    """All moments at once: the answer is one of the whole video."""
+    main(f"avqa --data={toys}/avqa --epochs=1 --batch-size=3 --moments=3 --out=run")
+    settings, facts, model = train.open_run("run", {})
+    item = data.DATASETS["avqa"](f"{toys}/avqa", "test", SIZE, facts["stats"], moments=3)[0]
+    video = [*item[:3]]
+    monkeypatch.setattr(train, "read_video", Mock(return_value=video))
+    capsys.readouterr()
+    rows, _ = drawn_rows(monkeypatch, "predict run a.mp4 --question='asked of read_video'")
+    logits, _ = model(*[x[None] for x in video])
+    answer = facts["vocabulary"]["answers"][logits.argmax()]
+    assert f"a.mp4, from 0 s: {answer}\n" in capsys.readouterr().out
+    assert rows["found"] == [answer]
+    assert len(rows["frame"]) == 3
+
+
+def test_a_mask_is_where_the_sigmoid_is_above_a_half():
+    """So at logits above 0."""
+    model = Recited(torch.tensor([[[[-0.2, 0.2]]]]))
+    masks = train.predict_clip(train.Settings("avs", device="cpu"), model, [IMAGES])
+    assert masks.tolist() == [[[False, True]]]
+
+
+@parametrize(
+    "settings, fault",
+    [
+        (train.Settings("ucf101"), "videos are for ave"),
+        (train.Settings("ave", extra_audio="vggish.npy"), "videos are for ave .without"),
+        (train.Settings("ave", question="How many?"), "wants --question"),
+        (train.Settings("avqa"), "wants --question"),
+    ],
+)
+def test_videos_that_a_run_cannot_use_are_refused(monkeypatch, settings, fault):
+    """Before ffmpeg is called."""
+    monkeypatch.setattr(data, "extract_video", Mock(side_effect=AssertionError))
+    refuses(fault, train.read_video, settings, {}, "a.mp4")
+
+
+def open_look(toys, monkeypatch):
+    """A run of AVE, opened as `look run` will open it -> settings, facts, model."""
+    main(f"ave --data={toys}/ave --epochs=1 --batch-size=3 --lr=0.1 --out=run")
+    opened = train.open_run("run", {})
+    monkeypatch.setattr(train, "open_run", Mock(return_value=opened))
+    return opened
+
+
+def table_of_look(capsys):
+    """What look has printed: the score of the untouched net, and the columns of each adapter."""
+    head, *lines, _ = capsys.readouterr().out.splitlines()
+    rows = {line[:38].strip(): line[38:].split() for line in lines}
+    return re.search(r"untouched (\S+)\)", head)[1], rows
+
+
+def test_look_draws_the_two_adapters_without_which_the_score_is_lowest(toys, capsys, monkeypatch):
+    """Scores by a script: each is that of a net with one gate shut, and is printed beside it."""
+    _, _, model = open_look(toys, monkeypatch)
+    named = train.adapters_with_latents(model.net)
+    assert named["sight reads sound, block 1, attention"] is model.net.visual_adapters[0][0]
+    assert named["sound reads sight, block 3, MLP"] is model.net.audio_adapters[2][1]
+    gates = [adapter.gate_av.item() for adapter in named.values()]
+    for adapter in named.values():
+        adapter.gate.data.fill_(0.25)
+    script = [0.9, *np.linspace(0.8, 0.7, len(named))]
+    script[3] = 0.2
+    script[6] = 0.1
+    shut = []
+
+    def score(settings, facts, model, loader):
+        shut.append([name for name, adapter in named.items() if adapter.gate_av.item() == 0])
+        return {"accuracy": script[len(shut) - 1], "other": 0.0}
+
+    monkeypatch.setitem(train.SCORERS, "ave", score)
+    capsys.readouterr()
+    rows, _ = drawn_rows(monkeypatch, "look run")
+    assert shut == [[], *([name] for name in named)]
+    assert [adapter.gate_av.item() for adapter in named.values()] == gates
+    untouched, table = table_of_look(capsys)
+    assert untouched == "0.9000"
+    assert [*table] == [*named]
+    for columns, gate, wanted in zip(table.values(), gates, script[1:]):
+        assert columns == ["0.250", f"{gate:.3f}", f"{wanted:.4f}"]
+    names = [*named]
+    read = [name.split(":")[0] for name in rows if "latent" in name]
+    assert read == [names[5], names[5], names[2], names[2]]  # two latents of each
+
+
+def test_look_at_a_video_scores_the_labels_that_stay(toys, capsys, monkeypatch):
+    """Nobody has said what is true of it. By hand: shut a gate, count the same labels."""
+    _, _, model = open_look(toys, monkeypatch)
+    named = train.adapters_with_latents(model.net)
+    frames, spectrograms = images(10, size=SIZE)
+    video = [frames.float(), spectrograms.float()]
+    read_video = Mock(return_value=video)
+    monkeypatch.setattr(train, "read_video", read_video)
+    torch.nn.init.normal_(model.head[1].weight)  # answers that differ from second to second
+    model.head[1].bias.data -= model(*[x[None] for x in video]).mean((0, 1)).detach()
+    for adapter in named.values():
+        adapter.gate_av.data.fill_(5)
+    capsys.readouterr()
+    rows, _ = drawn_rows(monkeypatch, "look run a.mp4")
+    assert read_video.call_args.args[2] == "a.mp4"
+    untouched, table = table_of_look(capsys)
+    assert untouched == "1.0000"
+    labels = model(*[x[None] for x in video]).argmax(-1)
+    shares = []
+    for adapter in named.values():
+        adapter.gate_av.data.zero_()
+        same = model(*[x[None] for x in video]).argmax(-1) == labels
+        adapter.gate_av.data.fill_(5)
+        shares.append(f"{same.float().mean():.4f}")
+    assert [columns[2] for columns in table.values()] == shares
+    assert len({*shares}) > 1
+    assert "true" not in rows
+    assert len(rows["found"]) == 10
+    assert "at most one video" in one_line_error(capsys, "look run a.mp4 b.mp4")
+
+
+def test_an_attention_map_has_no_place_for_a_class_token():
+    """A ViT's first token is no place in the picture, however much it is read."""
+    net = lavish.Lavish(lavish.make_backbone("vit_nano"))
+    model = lavish.AVE(net, 3).eval()
+    settings = train.Settings("ave", image_size=32, device="cpu")
+    clip = [torch.randn(2, 3, 32, 32), torch.randn(2, 32, 32)]
+    attention = torch.full((2, 2, 17), 0.01)  # 4 x 4 patches behind it
+    attention[:, :, 0] = 0.5
+    attention[:, :, 4] = 0.35  # the last of the first row
+    adapter = net.audio_adapters[0][0]
+    adapter.compress = Mock(return_value=(attention, torch.zeros(2, 2, 80)))
+    rows = train.rows_of_latents(settings, model, clip, "sound reads sight", adapter)
+    frames = train.rows_of(clip)["frame"]
+    for tiles in rows.values():
+        assert_close(tiles[:, :, :8, 24:], frames[:, :, :8, 24:])
+        assert_close(tiles[:, :, 8:], frames[:, :, 8:] * 0.01 / 0.35)
+
+
+@parametrize("root", ["toy", "avs"])
+def test_sounds_are_swapped_for_the_first_of_each_category(roots, toys, monkeypatch, root):
+    """Beside the first frame: the first second of the first clip of a category, and faint noise.
+
+    Of the small data set, because its one category comes after noise in the alphabet.
+    """
+    root = f"{toys}/avs" if root == "toy" else root
+    settings = train.Settings("avs", data=root, image_size=SIZE)
+    items = data.DATASETS["avs"](settings.data, "test", SIZE, STATS)
+    categories = [category for _, category in items.videos]
+    model = Mock(net=lavish.Lavish(lavish.make_backbone("nano")))
+    gates = []
+
+    def predict_clip(settings, model, clip):
+        adapters = train.adapters_with_latents(model.net).values()
+        gates.append([adapter.gate_av.item() for adapter in adapters])
+        heard.append(clip)
+        return f"masks {len(heard)}"
+
+    heard = []
+    for adapter in train.adapters_with_latents(model.net).values():
+        adapter.gate_av.data.fill_(1)
+    monkeypatch.setattr(train, "predict_clip", predict_clip)
+    clip = items[-1 % len(items)][:2]
+    rows = train.swap_sounds(settings, {"stats": STATS}, model, clip)
+    assert (rows["mask found"], rows["with g_av at 0"]) == ("masks 1", "masks 2")
+    assert gates == [[1] * len(gates[0]), [0] * len(gates[0])]
+    assert heard[0] is heard[1]
+    frames, sounds = heard[0]
+    assert rows["heard"] == [*dict.fromkeys(categories), "noise"]
+    assert len(rows["heard"]) == len(sounds) > 1
+    for name, sound in zip(rows["heard"][:-1], sounds):
+        _, spectrograms, _ = items[categories.index(name)]
+        assert_same(sound, spectrograms[0])
+    assert_same(frames, clip[0][[0] * len(sounds)])
+    faint = data.spectrograms_of(0.01 * torch.randn(1, 16000), SIZE, STATS)
+    assert sounds[-1].mean().item() == pytest.approx(faint.mean().item(), abs=0.1)
+
+
+def test_frames_are_drawn_as_they_are_and_sounds_from_black_to_white(roots):
+    """The greys of the pictures that were read."""
+    frames, spectrograms, _ = dataset("ave")[0]
+    frame, sound = train.rows_of([frames, spectrograms]).values()
+    assert (255 * frame).mean((1, 2, 3)).round().tolist() == grey_of(frames)
+    assert grey_of(frames)[0] == pytest.approx(10, abs=2)
+    assert (sound.min(), sound.max()) == (0, 1)
+    frames, spectrograms, _ = dataset("ucf101")[0]
+    frame, _ = train.rows_of([frames, spectrograms]).values()
+    assert (255 * frame).mean((1, 2, 3)).round().tolist() == grey_of(frames[::2])
+
+
+def test_a_question_stands_above_its_answers():
+    """Without the words that fill it up. AVE's last label is background."""
+    facts = {"vocabulary": {"words": ["", "is", "it", "loud"], "answers": ["no", "yes"]}}
+    clip = [None, None, torch.tensor([1, 2, 3, 0, 0])]
+    answers = {"found": torch.tensor(1), "true": torch.tensor(0)}
+    rows = train.rows_of_answers(train.Settings("avqa"), facts, clip, answers)
+    assert [*rows.items()] == [("question", ["is it loud"]), ("found", ["yes"]), ("true", ["no"])]
+    answers = {"found": torch.tensor([1, 2, 0])}
+    rows = train.rows_of_answers(train.Settings("ave"), {"classes": ["a", "b"]}, [], answers)
+    assert rows == {"found": ["b", "background", "a"]}
+
+
+def test_tiles_stand_in_their_rows_and_columns():
+    """Colours, greys and masks; what is brighter than white is white."""
+    red, blue = torch.tensor([[1.0, 0, 0], [0, 0, 1.5]]).view(2, 3, 1, 1)
+    grey = torch.full((3, 1, 8, 8), 0.4)
+    mask = torch.tensor([[True, False]]).expand(1, 8, 2)
+    colours = torch.stack([red, blue]).expand(-1, -1, 8, 8)
+    train.draw({"a": colours, "b": grey, "c": mask, "d": ["text"]}, "new/page.png")
+    page = Image.open("new/page.png")
+    step = train.TILE + 4
+    assert page.size == (190 + 6 * step, 3 * step + 28)
+    white = (255, 255, 255)
+    black = (0, 0, 0)
+    wanted = [
+        [(255, 0, 0), (0, 0, 255), white],
+        [(102, 102, 102)] * 3,
+        [white, white, white],
+    ]
+    for row, colours in enumerate(wanted):
+        for column, colour in enumerate(colours):
+            x = 190 + column * step
+            y = row * step
+            assert page.getpixel((x + 3, y + 3)) == colour
+            assert page.getpixel((x + train.TILE + 1, y + 3)) == white  # the edge
+    assert page.getpixel((190 + train.TILE - 3, 2 * step + 3)) == black  # the mask's other half
+    texts = []
+    for text in ("text", "longer text"):
+        train.draw({"d": [text]}, "page.png")
+        texts.append(Image.open("page.png").crop((190, 0, 600, 28)).getcolors())
+    assert texts[0] != texts[1]
+
+
 # ---------------------------------------------------------------- report and bench
 
 
@@ -3655,3 +4073,79 @@ def test_bench_of_every_task(capsys, line):
     printed = capsys.readouterr().out
     assert printed.count("clips/s") == 2
     assert "GFLOP a clip" in printed
+
+
+@parametrize(
+    "line, first_of_training, shape",
+    [
+        ("avs --backbone=nano --channels=8", True, (1, 5)),
+        ("avqa --backbone=nano --moments=3", "frames", (1, 3)),
+        ("avqa --backbone=nano --moments=3 --modality=v", None, (1, 3)),
+    ],
+)
+def test_bench_runs_the_net_as_the_loops_do(monkeypatch, line, first_of_training, shape):
+    """AVS trains on first frames alone, AVQA with negatives; evaluation needs no gradients. GFLOP
+    are those of one clip in evaluation.
+    """
+    calls = []
+    learned = []
+    head = getattr(lavish, line.split()[0].upper())
+    forward = head.forward
+
+    def spy(model, *inputs):
+        last = inputs[-1] if inputs[-1] is True else "frames" if inputs[-1].dim() == 5 else None
+        calls.append((model.training, torch.is_grad_enabled(), last, inputs[0].shape[:2]))
+        return forward(model, *inputs)
+
+    def step(optimizer):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        learned.append(any(grad is not None and grad.any() for grad in grads))
+
+    monkeypatch.setattr(head, "forward", spy)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    main(f"bench {line} --repeat=1 --batch-size=2")
+    _, T = shape
+    training = (True, True, first_of_training, (2, T))
+    evaluation = (False, False, None, (2, T))
+    assert learned == [True, True]
+    assert calls == [training] * 2 + [evaluation] * 2 + [(False, False, None, shape)]
+
+
+def test_bench_is_of_one_clip_on_the_papers_net(monkeypatch):
+    """With random weights: to measure needs no download."""
+    bench = Mock()
+    monkeypatch.setattr(train, "bench", bench)
+    main("bench avs")
+    (settings,) = bench.call_args.args
+    assert settings == train.replace(train.PAPER["avs"], batch_size=1, weights="none")
+
+
+def test_bench_leaves_out_the_first_step(monkeypatch, capsys):
+    """It warms up. By hand: two clips in one second, two in two seconds, the median of both."""
+    monkeypatch.setattr(train, "clock", Mock(side_effect=[0, 9, 10, 12] * 2))
+    main("bench ave --backbone=nano --repeat=2 --batch-size=2")
+    printed = capsys.readouterr().out
+    assert printed.count(" 1.5 clips/s, median of [2. 1.]\n") == 2
+    assert 0.05 < float(re.search(r"memory +(\S+) GB", printed)[1]) < 500
+
+
+class Attended(torch.nn.Module):
+    """A net of one layer, whose operations are easily counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.MultiheadAttention(SIZE, 2, batch_first=True)
+
+    def forward(self, frames, spectrograms):
+        sounds = spectrograms.flatten(0, 1)  # (BT,S,S)
+        return self.layer(sounds, sounds, sounds)
+
+
+def test_gflop_are_those_of_one_clip():
+    """By hand: queries, keys, values and output are S x S matrices on S tokens; the attention has
+    two products of this size. A multiplication and an addition are two operations.
+    """
+    settings = train.Settings("ave", image_size=SIZE, device="cpu", batch_size=3)
+    torch.backends.mha.set_fastpath_enabled(True)
+    wanted = 10 * (4 + 2) * 2 * SIZE**3 / 1e9
+    assert train.count_gflop(settings, Attended()) == pytest.approx(wanted)
