@@ -3554,12 +3554,12 @@ def test_the_settings_in_a_checkpoint_are_not_believed(stopped, capsys, name, va
 
 KEEP = """
 import torch, train
-finish = train.finish
+save_epoch = train.save_epoch
 def keep(settings, facts, model, *others):
     items = train.gather(list(range(4) if train.rank() == 0 else range(4, 7)))
     torch.save([model.state_dict(), torch.rand(4), items], f"rank{train.rank()}.pt")
-    finish(settings, facts, model, *others)
-train.finish = keep
+    save_epoch(settings, facts, model, *others)
+train.save_epoch = keep
 train.main()
 """
 
