@@ -142,7 +142,7 @@ def read_frames(paths, size):
 
 
 # ---------------------------------------------------------------- where files are
-# Three of the data sets keep a video as a folder of frames and one wav, as `extract` writes them:
+# Three of the data sets keep a video as a folder of frames and one wav, in the layout of `extract`:
 # ROOT/video_frames/ID/0001.jpg, 0002.jpg, ... and ROOT/raw_audio/ID.wav. AVSBench has its own.
 
 

@@ -62,8 +62,8 @@ class LavishAdapter(nn.Module):
         if dim % (reduction * groups):
             raise ValueError(f"dim {dim} is no multiple of reduction {reduction} x groups {groups}")
         if latents > 0:
-            # Random: latents that start equal get equal gradients for ever, so that m of them act
-            # as one. Released AVE: random (net_trans.py:55); AVQA: zeros (net_avst.py:34).
+            # Random: equal latents get equal gradients and stay equal, so that m of them act as
+            # one. Released AVE: random (net_trans.py:55); AVQA: zeros (net_avst.py:34).
             self.latents = nn.Parameter(torch.rand(latents, dim))
             self.gate_av = nn.Parameter(torch.zeros(1))
         hidden = dim // reduction
@@ -107,7 +107,7 @@ class LavishAdapter(nn.Module):
 
     @staticmethod
     def in_groups(linears, z):
-        parts = z.chunk(len(linears), -1)  # (BT*N,dim/groups) each
+        parts = z.chunk(len(linears), -1)  # (BT*N,width/groups) each
         return torch.cat([linear(part) for linear, part in zip(linears, parts)], -1)
 
 
@@ -276,8 +276,8 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
     if waveform.shape != (SAMPLE_RATE,):
         raise ValueError(f"fbank takes one second, ({SAMPLE_RATE},); got {tuple(waveform.shape)}")
     # `size` steps span 998.4 ms: 192 of 5.2 ms, the supplementary's shift; other sizes have the
-    # same span. The other options: AVE/dataloader.py:171; windows of 25 ms are Kaldi's
-    # default. Kaldi removes each window's mean itself.
+    # same span, up to Kaldi's whole samples. The other options: AVE/dataloader.py:171; windows of
+    # 25 ms are Kaldi's default. Kaldi removes each window's mean itself.
     image = torchaudio.compliance.kaldi.fbank(
         waveform[None],
         sample_frequency=SAMPLE_RATE,
@@ -597,8 +597,8 @@ class TemporalGrounding(nn.Module):
 #     embed(images (BT,3,S,S)) -> tokens (BT,N,d)
 #     stages: list of (blocks, merge), merge going from this stage's tokens to the next one's
 #     msa(block, x), mlp(block, x): what attention and MLP of a block add to x
-#     norm: the last LayerNorm; dims: token widths of the stages; image_size: S
-#     class_token: only if token 0 stands for the whole image (see pooled)
+#     norm: the last norm, if any; dims: token widths of the stages; image_size: S
+#     class_token: only if token 0 stands for the whole image (see image_vectors)
 
 
 def frozen_forward(backbone, images):
@@ -626,7 +626,7 @@ class SwinV2(nn.Module):
 
     A stage narrower than the window gets one window of its own width, unshifted (Microsoft's rule;
     torchvision pads instead and attends to the padding). Parameters have torchvision's names.
-    Published weights want their own image size, because the position bias follows the windows."""
+    At another image size a stage may have other windows, which published weights do not fit."""
 
     forward = frozen_forward
 
@@ -728,15 +728,15 @@ class WindowAttention(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("inverse", order.argsort(), persistent=False)
 
-        # Rows and columns between two tokens of a window: w or more only if the cyclic shift alone
-        # brought them together. The mask parts those.
+        # Rows and columns between two tokens of a window. If they are w or more, only the cyclic
+        # shift made the two neighbours: the mask separates them.
         places = torch.stack([windows // side, windows % side], -1)  # (W,n,2)
         away = places[:, :, None] - places[:, None]  # (W,n,n,2)
         mask = -100.0 * (away.abs() >= window).any(-1)  # (W,n,n)
         self.register_buffer("mask", mask, persistent=False)
 
         # What the bias is made of: all offsets, -(w-1) to w-1 rows and the same for columns, on a
-        # log scale from -1 to 1; for each pair of a window's tokens the number of its offset.
+        # log scale from -1.06 to 1.06; for each pair of a window's tokens the number of its offset.
         offsets = torch.arange(1 - window, window, dtype=torch.float32)  # (2w-1,)
         offsets = offsets / (window - 1) * 8
         offsets = offsets.sign() * torch.log2(offsets.abs() + 1) / 3
@@ -750,7 +750,7 @@ class WindowAttention(nn.Module):
         BT, N, C = x.shape
         W, n, _ = self.mask.shape  # W windows of n tokens
         x = x.index_select(1, self.order)  # window after window
-        # Keys have no bias: under the cosine it would not cancel.
+        # Keys have no bias: a softmax cancels it in plain attention, but not with the cosine.
         q_bias, _, v_bias = self.qkv.bias.chunk(3)
         qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)  # (BT,N,3C)

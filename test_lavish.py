@@ -3409,6 +3409,36 @@ def test_an_even_look_is_one_also_over_a_whole_clip():
         assert_close(rows[f"sound reads sight: latent {number} (1.0 x even)"], frames)
 
 
+def test_each_frame_that_is_drawn_has_the_attention_of_its_own():
+    """UCF101 has two frames for a sound, of which every second is drawn."""
+    net = lavish.Lavish(lavish.make_backbone("nano"))
+    model = lavish.UCF101(net, 3).eval()
+    settings = train.Settings("ucf101", image_size=32, device="cpu")
+    clip = [torch.randn(16, 3, 32, 32), torch.randn(8, 32, 32)]
+    attention = torch.full((16, 2, 64), 0.01)
+    attention[range(16), :, range(16)] = 0.37  # of frame t the place t, in the first two rows
+    adapter = net.audio_adapters[0][0]
+    adapter.compress = Mock(return_value=(attention, torch.zeros(16, 2, 32)))
+    rows = train.rows_of_latents(settings, model, clip, "sound reads sight", adapter)
+    frames = train.rows_of(clip)["frame"]
+    for tiles in rows.values():
+        for t, (tile, frame) in enumerate(zip(tiles, frames)):
+            row, column = divmod(2 * t, 8)
+            place = (..., slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
+            assert_close(tile[place], frame[place])
+            assert_close(tile[:, 8:], frame[:, 8:] * 0.01 / 0.37)
+
+
+def test_look_compiles_nothing(toys, monkeypatch):
+    """What is compiled calls no hooks, and would keep for minutes whoever looks."""
+    main(f"ave --data={toys}/ave --epochs=1 --batch-size=3 --lr=0.1 --out=run")
+    run = torch.load("run/adapters.pt")
+    run["settings"]["compile"] = True
+    torch.save(run, "run/adapters.pt")
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=AssertionError))
+    main("look run")
+
+
 def test_look_at_masks_swaps_the_sounds(toys, monkeypatch):
     """One frame beside other sounds; with sight's gates shut the masks are all the same."""
     main(f"avs --data={toys}/avs --epochs=1 --batch-size=3 --lr=0.1 --out=run")
@@ -3915,7 +3945,8 @@ def test_an_attention_map_has_no_place_for_a_class_token():
 def test_sounds_are_swapped_for_the_first_of_each_category(roots, toys, monkeypatch, root):
     """Beside the first frame: the first second of the first clip of a category, and faint noise.
 
-    Of the small data set, because its one category comes after noise in the alphabet.
+    Each is a clip of its own: TPAVI would mix them. Of the small data set, because its one category
+    comes after noise in the alphabet.
     """
     root = f"{toys}/avs" if root == "toy" else root
     settings = train.Settings("avs", data=root, image_size=SIZE)
@@ -3924,22 +3955,25 @@ def test_sounds_are_swapped_for_the_first_of_each_category(roots, toys, monkeypa
     model = Mock(net=lavish.Lavish(lavish.make_backbone("nano")))
     gates = []
 
-    def predict_clip(settings, model, clip):
+    def logits_of(settings, model, clips):
         adapters = train.adapters_with_latents(model.net).values()
         gates.append([adapter.gate_av.item() for adapter in adapters])
-        heard.append(clip)
-        return f"masks {len(heard)}"
+        heard.append(clips)
+        return torch.full((len(clips[0]), 1, 2, 2), 2 * gates[-1][0] - 1)
 
     heard = []
     for adapter in train.adapters_with_latents(model.net).values():
         adapter.gate_av.data.fill_(1)
-    monkeypatch.setattr(train, "predict_clip", predict_clip)
+    monkeypatch.setattr(train, "logits_of", logits_of)
     clip = items[-1 % len(items)][:2]
     rows = train.swap_sounds(settings, {"stats": STATS}, model, clip)
-    assert (rows["mask found"], rows["with g_av at 0"]) == ("masks 1", "masks 2")
+    assert rows["mask found"].all()
+    assert not rows["with g_av at 0"].any()
+    assert rows["mask found"].shape == rows["with g_av at 0"].shape == (len(rows["heard"]), 2, 2)
     assert gates == [[1] * len(gates[0]), [0] * len(gates[0])]
     assert heard[0] is heard[1]
-    frames, sounds = heard[0]
+    assert [x.shape[1] for x in heard[0]] == [1, 1]
+    frames, sounds = [x[:, 0] for x in heard[0]]
     assert rows["heard"] == [*dict.fromkeys(categories), "noise"]
     assert len(rows["heard"]) == len(sounds) > 1
     for name, sound in zip(rows["heard"][:-1], sounds):
@@ -3957,6 +3991,8 @@ def test_frames_are_drawn_as_they_are_and_sounds_from_black_to_white(roots):
     assert (255 * frame).mean((1, 2, 3)).round().tolist() == grey_of(frames)
     assert grey_of(frames)[0] == pytest.approx(10, abs=2)
     assert (sound.min(), sound.max()) == (0, 1)
+    _, silence = train.rows_of([frames, torch.ones(10, SIZE, SIZE)]).values()
+    assert (silence == 0).all()
     frames, spectrograms, _ = dataset("ucf101")[0]
     frame, _ = train.rows_of([frames, spectrograms]).values()
     assert (255 * frame).mean((1, 2, 3)).round().tolist() == grey_of(frames[::2])
@@ -4000,6 +4036,10 @@ def test_tiles_stand_in_their_rows_and_columns():
     assert page.getpixel((190 + train.TILE - 3, 2 * step + 3)) == black  # the mask's other half
     train.draw({"a": ["text"], "b": torch.zeros(8, 1, 2, 2)}, "page.png")
     assert Image.open("page.png").width == 190 + 8 * step  # as wide as the longest row
+    train.draw({"a": ["Fixed-wing aircraft, airplane", "Bark"]}, "page.png")
+    page = Image.open("page.png")
+    assert page.height == 3 * 28  # three lines, within the column
+    assert page.crop((190 + step - 4, 0, 190 + step + 4, 84)).getcolors() == [(8 * 84, white)]
     texts = []
     for text in ("text", "longer text"):
         train.draw({"d": [text]}, "page.png")

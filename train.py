@@ -17,7 +17,7 @@ any other. What each command makes use of:
     eval        --split --data --weights --device --precision --batch-size
                 --workers; all others are the run's own
     predict     --question --out --weights --device --precision
-    look        as predict; without a video also --data
+    look        as predict; without a video also --data --batch-size --workers
     report      none
     bench       those of machine, net and training; --repeat
 
@@ -115,7 +115,7 @@ class Settings:
     linear_decay: bool = False  # all rates fall linearly to zero
 
     # What one task alone has; the others ignore it.
-    extra_audio: str = ""  # ave: .npy of features beside the sound's
+    extra_audio: str = ""  # ave: .npy of VGGish features for the head
     tpavi: bool = False  # avs: AVSBench's own audio-visual block too
     first_second: bool = False  # avs: train on a clip's first second alone
     channels: int = 256  # avs: width of the decoder, a multiple of 8
@@ -248,11 +248,11 @@ def train_ave(settings, net):
             # (B,10,3,S,S), (B,10,S,S) and (B,10); extra, (B,10,128), only with --extra-audio
             frames, spectrograms, *extra, labels = on_device(settings, batch)
             with autocast(settings):
-                logits = parallel(frames, spectrograms, *extra)  # (B,10,29)
+                logits = parallel(frames, spectrograms, *extra)  # (B,10,29), of a toy (B,10,5)
             check_finite(logits)
             # Binary cross-entropy of the softmax against the one-hot label, as the release has it
             # (AVE/nets/net_trans.py:425, main_trans.py:219); cross_entropy is another loss.
-            targets = F.one_hot(labels, logits.shape[-1]).float()  # (B,10,29)
+            targets = F.one_hot(labels, logits.shape[-1]).float()
             loss = F.binary_cross_entropy(logits.softmax(-1), targets)
 
             optimizer.zero_grad()
@@ -1113,8 +1113,8 @@ def read_video(settings, facts, video):
 
 
 # ---------------------------------------------------------------- what the latents look at
-# Where a latent looks is drawn from its attention. Whether it matters is another question, which
-# only an intervention answers: with its gate shut, does the answer change?
+# Its attention shows where a latent looks. To see whether that matters, one has to set its gate to
+# 0 and score again.
 
 
 def look(folder, videos, given):
@@ -1124,7 +1124,8 @@ def look(folder, videos, given):
 
     folder: of the run; videos: one to look at, or none for the test split."""
     require(len(videos) < 2, "look takes the folder of a run and at most one video")
-    settings, facts, model = open_run(folder, given)
+    # What is compiled calls no hooks, see rows_of_latents.
+    settings, facts, model = open_run(folder, {**given, "compile": False})
     adapters = adapters_with_latents(model.net)
     require(adapters, f"{folder} has no latents to look at")
     if videos:
@@ -1201,7 +1202,9 @@ def rows_of_latents(settings, model, clip, name, adapter):
     picture = spectrograms if name.startswith("sight") else frames  # (T,C,H,W)
     for number, weights in enumerate(attention.float().cpu().unbind(1), 1):  # (BT,N)
         greatest = weights.max() * weights.shape[1]
-        weights = weights.reshape(len(picture), -1)  # (T,N); VideoMAE had (1,T*N)
+        if len(weights) == 1:  # VideoMAE's tokens of a clip are one sequence
+            weights = weights.view(len(picture), -1)  # (T,N)
+        weights = weights[:: len(weights) // len(picture)]  # (T,N), of the frames that are drawn
         side = math.isqrt(weights.shape[1])
         maps = weights[:, -side * side :]  # without a ViT's class token
         maps = maps.view(-1, 1, side, side)  # (T,1,H,H)
@@ -1215,8 +1218,8 @@ def rows_of_latents(settings, model, clip, name, adapter):
 
 
 def swap_sounds(settings, facts, model, clip):
-    """{name of a row: tiles} of an intervention: the frame of a clip beside the sounds of clips of
-    other categories, and the masks found; in the last row all g_av are 0."""
+    """{name of a row: tiles} of an intervention: the frame of a clip beside sounds of up to four
+    categories and noise, and the masks found; in the last row all g_av are 0."""
     frames, _ = clip
     dataset = open_split(settings, "test", facts)
     sounds = {}  # {category, or noise: spectrogram (S,S)}
@@ -1230,10 +1233,11 @@ def swap_sounds(settings, facts, model, clip):
     swapped = [frames[:1].expand(len(heard), -1, -1, -1), heard]
     rows = rows_of(swapped)
     rows["heard"] = [*sounds]
-    rows["mask found"] = predict_clip(settings, model, swapped)
+    clips = [x[:, None] for x in swapped]  # of a second each, so that TPAVI mixes no sounds
+    rows["mask found"] = logits_of(settings, model, clips)[:, 0] > 0  # (n,M,M)
     for adapter in adapters_with_latents(model.net).values():
         adapter.gate_av.data.zero_()
-    rows["with g_av at 0"] = predict_clip(settings, model, swapped)
+    rows["with g_av at 0"] = logits_of(settings, model, clips)[:, 0] > 0
     return rows
 
 
@@ -1250,7 +1254,8 @@ def rows_of(clip):
     mean = torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
     std = torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
     sounds = as_drawn(spectrograms)  # (T,1,S,S)
-    sounds = (sounds - sounds.min()) / (sounds.max() - sounds.min())
+    darkest, brightest = sounds.aminmax()
+    sounds = (sounds - darkest) / (brightest - darkest).clamp(min=1e-6)  # silence is all one grey
     return {"frame": frames * std + mean, "sound (time right, pitch up)": sounds}
 
 
@@ -1279,8 +1284,8 @@ def rows_of_answers(settings, facts, clip, answers):
 def draw(rows, path):
     """Write a picture as PNG: a row for each name, a column for each second.
 
-    rows: {name: T images (T,1 or 3,H,W) from 0 to 1, T masks (T,H,W), or texts}. A long text goes
-    on over the empty columns to its right."""
+    rows: {name: T images (T,1 or 3,H,W) from 0 to 1, T masks (T,H,W), or texts}. One text alone
+    goes on over the columns to its right, of more each keeps to its own."""
     left = 190  # of the columns: the names have room before them
     step = TILE + 4  # from one tile to the next, with a white edge
     columns = max(len(tiles) for tiles in rows.values())
@@ -1290,16 +1295,17 @@ def draw(rows, path):
     font = ImageFont.load_default(17)  # large enough to read at the width of a page
     top = 0  # of the row
     for name, tiles in rows.items():
-        name = textwrap.fill(name, 20)
-        pen.text((4, top + 4), name, "black", font)
+        texts = [textwrap.fill(name, 20)]
+        pen.text((4, top + 4), texts[0], "black", font)
         for column, tile in enumerate(tiles):
             x = left + column * step
             if torch.is_tensor(tile):
                 image = to_pil_image(tile.float().expand(3, -1, -1).clamp(0, 1))
                 page.paste(image.resize((TILE, TILE), Image.NEAREST), (x, top))
             else:
-                pen.text((x + 4, top + 4), tile, "black", font)
-        lines = name.count("\n") + 1
+                texts.append(tile if len(tiles) == 1 else textwrap.fill(tile, 12))
+                pen.text((x + 4, top + 4), texts[-1], "black", font)
+        lines = max(text.count("\n") + 1 for text in texts)
         top += step if torch.is_tensor(tiles) else 28 * lines
     data.make_folder_of(path)
     page.crop((0, 0, width, top)).save(path)
