@@ -369,14 +369,14 @@ class AVS(nn.Module):
         self,
         net,
         mask_size=224,  # pixels a side
-        channels=256,  # of all maps in the decoder; a multiple of 8
+        channels=256,  # of the maps that are added; a multiple of 8
         tpavi=False,
     ):
         super().__init__()
         self.net = net
         self.mask_size = mask_size
         dims = net.backbone.dims
-        # 64, 128, 320, 512
+        # 64, 128, 320, 512 by default
         widths = [channels // 4, channels // 2, channels * 5 // 4, channels * 2]
         self.project = nn.ModuleList(nn.Linear(dim, width) for dim, width in zip(dims, widths))
         self.context = nn.ModuleList(DilatedContext(w, channels) for w in widths[: len(dims)])
@@ -410,7 +410,7 @@ class AVS(nn.Module):
         for i in reversed(range(len(visual))):  # from coarse to fine
             # Swin's maps are S/4, S/8 ... wide, the decoder's mask_size / 4, / 8 ...
             side = self.mask_size // 2 ** (i + 2)
-            y = to_maps(self.project[i](visual[i]))  # (BT,w,H,H)
+            y = to_maps(self.project[i](visual[i]))  # (BT,w,H,H), with first_only (B,w,H,H)
             y = F.interpolate(y, side, mode="bicubic")  # (BT,w,side,side)
             y = self.context[i](y)  # (BT,C,side,side)
             if self.tpavi is not None:
@@ -653,7 +653,8 @@ class SwinV2(nn.Module):
             require(
                 remainder == 0 and window > 1 and side % window == 0,
                 f"image size {image_size} does not divide into windows of {window_size}; "
-                f"multiples of {window_size * 2 ** (len(depths) + 1)} do",
+                f"{window_size * 2 ** len(depths)} and multiples of "
+                f"{window_size * 2 ** (len(depths) + 1)} do",
             )
             blocks = nn.ModuleList()
             for j in range(depths[i]):

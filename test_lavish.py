@@ -884,6 +884,16 @@ def test_videomae_embeds_tubelets_at_sine_positions():
     assert_close(videomae.embed(clip)[0], tokens, rtol=1e-4, atol=1e-5)
 
 
+@parametrize("size", [100, 576, 40, 0])
+def test_an_image_that_windows_cannot_tile_is_refused(size):
+    """The one line names sizes that fit: in the smallest the last stage is half a window wide."""
+    depths = (1, 1, 1, 1)
+    fault = f"image size {size} does not divide into windows of 12; 192 and multiples of 384 do"
+    refuses(fault, lavish.SwinV2, 8, depths, depths, 12, size)
+    for fits in (192, 384, 768):
+        assert lavish.SwinV2(8, depths, depths, 12, fits).image_size == fits
+
+
 # ---------------------------------------------------------------- weights by their names elsewhere
 
 MICROSOFT = {
