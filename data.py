@@ -25,6 +25,7 @@ import subprocess
 import sys
 import wave
 from collections import Counter, defaultdict
+from fractions import Fraction
 from os.path import abspath, dirname, exists
 from pathlib import Path
 from typing import NamedTuple
@@ -201,7 +202,7 @@ def read_json(path):
     text = "\n".join(read_lines(path))
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); fetch or make it again") from None
 
 
@@ -210,8 +211,7 @@ def missing_files(dataset):
     missing = []
     for i in distinct_items(dataset):
         *images, wav = dataset.files(i)  # frames, with AVSBench masks, and the sound
-        needed = sum(images, [wav])
-        missing += [path for path in needed if path and not exists(path)]
+        missing += [path for path in sum(images, [wav]) if path and not exists(path)]
     return missing
 
 
@@ -681,9 +681,9 @@ class UCF101Dataset(Dataset):
         sound = read_wav(wav) if wav else torch.zeros(0)
         padded = pad(sound, (SAMPLE_RATE // 2, SAMPLE_RATE // 2))
         # The second that begins at sample c of the padded sound is centred at c of the sound.
-        seconds = padded.unfold(0, SAMPLE_RATE, 1)  # (N + 1, 16000), a view: one for each sample
         centres = [(2 * k + 1) * len(sound) // 16 for k in range(8)]
-        return frames, seconds[centres]  # (8, 16000)
+        seconds = torch.stack([padded[c : c + SAMPLE_RATE] for c in centres])  # (8, 16000)
+        return frames, seconds
 
     def __getitem__(self, i):
         action, _ = self.about[i]
@@ -773,8 +773,9 @@ def run_ffmpeg(path, folder):
         # Sound that starts late, or has gaps, keeps its place: silence fills them.
         "-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar 16000 -c:a pcm_s16le sound.wav"
     )
-    command = reading + writing.split()
-    done = subprocess.run(command, cwd=folder, capture_output=True, errors="replace")
+    done = subprocess.run(
+        reading + writing.split(), cwd=folder, capture_output=True, errors="replace"
+    )
     said = " ".join(done.stderr.split())[:500]  # a damaged video can fill pages
     require("'0:a:0' matches no streams" not in said, f"{path} has no sound")
     require("'0:v:0' matches no streams" not in said, f"{path} has no pictures")
@@ -802,8 +803,8 @@ def promised_length(path):
     video = header["streams"][0]
     if header["format"]["format_name"] == "avi" and "nb_frames" in video:
         # ffprobe shortens the duration of an avi that was cut, but not the count of its frames.
-        part, whole = video["time_base"].split("/")  # of a frame: "1/25" s
-        seconds = max(seconds, int(video["nb_frames"]) * int(part) / int(whole))
+        # A frame lasts "1/25", in seconds.
+        seconds = max(seconds, int(video["nb_frames"]) * float(Fraction(video["time_base"])))
     return seconds
 
 
@@ -861,14 +862,13 @@ def check(task, root, size):
 def check_item(dataset, i):
     """InputError, with the paths, if an item cannot be read or if its frames have a gap."""
     frames, *_, wav = dataset.files(i)
-    wanted = 1
+    before = None
     for path in frames:
         number = int(re.search(r"(\d+)\.\w+$", path)[1])  # of 0001.jpg, or of NAME_1.png
-        if number > 0:  # some data begin with 0000.jpg
-            fault = f"{path} is there, but the frame before it is missing; extract all again"
-            require(number == wanted, fault)
-            wanted += 1
+        follows = number < 2 if before is None else number == before + 1
+        require(follows, f"{path} is there, but the frame before it is missing; extract all again")
         open_image(path)  # also a frame that only a negative of MUSIC-AVQA may be
+        before = number
     try:
         dataset.__getitem__(i)
     except InputError:
@@ -912,7 +912,7 @@ def measure_stats(task, root, size):
         if not seconds.any():
             continue
         for spectrogram in spectrograms_of(seconds, size, raw):
-            rows = spectrogram[spectrogram.abs().sum(1) > 0]  # padding is exactly zero
+            rows = spectrogram[spectrogram.any(1)]  # padding is exactly zero
             measured.append((rows.mean().item(), rows.std().item()))
     require(measured, f"no training clip of {root} has sound")
     stats = np.mean(measured, 0).tolist()
@@ -945,8 +945,7 @@ def write_atomic(path, content):
             os.fsync(file.fileno())  # on the disk before the name is
         os.replace(unfinished, path)
     finally:
-        if exists(unfinished):  # the disk was full, for example
-            os.remove(unfinished)
+        Path(unfinished).unlink(missing_ok=True)  # it is there if the disk was full, for example
 
 
 def write_lines(lines, path):
@@ -1042,8 +1041,7 @@ NAMES = list(INSTRUMENTS)
 def record(name, seconds, amplitudes, rng):
     """Noise and, unless the name is None, an instrument of random pitch in it: (N,) float32.
 
-    The amplitude, root mean square of full scale, lies between the two amplitudes. The peak is less
-    than six times as high."""
+    The amplitude, root mean square of full scale, lies between the two amplitudes."""
     t = np.arange(seconds * SAMPLE_RATE, dtype=np.float32) / SAMPLE_RATE  # (N,), in seconds
     sound = 0.004 * rng.standard_normal(len(t), dtype=np.float32)
     if name is None:
@@ -1136,9 +1134,9 @@ def write_image(path, image):
 
 
 def write_wav(path, sound):
-    """(N,) in [-1, 1] at 16 kHz as a mono 16-bit wav."""
+    """(N,) at 16 kHz as a mono 16-bit wav."""
     make_folder_of(path)
-    samples = (sound * 32767).astype("<i2")
+    samples = (np.clip(sound, -1, 1) * 32767).astype("<i2")
     with wave.open(path, "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         file.writeframes(samples.tobytes())
@@ -1367,8 +1365,9 @@ def toy_ucf101(root, rng):
 
 def run():
     """One command, as the module's docstring lists them. Returns its exit code."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["extract", "check", "stats", "toy"])
     parser.add_argument("source", help="a task; for extract the folder of videos")
     parser.add_argument("root", help="the folder of the data set")

@@ -954,7 +954,10 @@ def make_backbone(name, image_size=None):
 
 # What is not loaded by its name: classifiers, decoders, what follows from the window, a count, and
 # values' biases, which are joined to those of the queries.
-UNUSED = "^head|^fc[.]|^decoder|^mask_token|^encoder_to|relative_position|attn_mask|tracked|v_bias$"
+UNUSED = (
+    "^head|^fc[.]|^decoder|^mask_token|^encoder_to"
+    "|relative_position|attn_mask|batches_tracked|v_bias$"
+)
 MLP_NAMES = [
     (r"mlp\.(fc|linear_)1", "mlp.0"),
     (r"mlp\.(fc|linear_)2", "mlp.3"),
@@ -1021,12 +1024,12 @@ def load_pretrained(backbone, weights):
         # Weights for another window could be loaded, but would give wrong tokens. The files of
         # Microsoft and torchvision hold a table of offsets for each block, which tells its window;
         # timm's do not.
-        if name.endswith("coords_table"):
+        if name.endswith("relative_coords_table"):
             theirs = state.get(name, tensor)  # (1,2w-1,2w-1,2)
             same = theirs.shape == tensor.shape and (theirs - tensor).abs().max() < 1e-3
             window = (theirs.shape[1] + 1) // 2
             require(same, f"the weights of {name} are of another window (of {window} tokens)")
-        if re.search(UNUSED + "|coords_table", name):
+        if re.search(UNUSED + "|relative_coords", name):
             state[name] = tensor  # stays as it is
     load_checked(backbone, state, "the weights do not fit this backbone")
 

@@ -354,9 +354,9 @@ def evaluate_avs(settings, facts, model, loader):
         logits = logits[:, : masks.shape[1]].flatten(0, 1)  # train has a mask of the first frame
         masks = masks.flatten(0, 1)  # (n,M,M)
         ious.extend(mask_iou(logits, masks).tolist())
-        f_scores.extend(f_score(logits, masks))
+        f_scores.extend(f_score(logits, masks).tolist())
     ious = gather(ious)  # (frames,)
-    f_scores = torch.stack(gather(f_scores))  # (frames,255)
+    f_scores = torch.tensor(gather(f_scores))  # (frames,255)
     # The best threshold of the split. AVSBench takes the best of each batch and averages those
     # (avs_s4/utils/utility.py:105-118): its score rises as batches get smaller.
     return {"mean IoU": np.mean(ious), "F score": f_scores.nanmean(0).max().item()}
@@ -1014,6 +1014,9 @@ def load_run(path):
         saved["settings"] = Settings(**saved["settings"])
     except (LookupError, TypeError) as error:
         raise InputError(f"{path} is of no run of this program: {error!r}") from None
+    for setting in fields(Settings):
+        value = getattr(saved["settings"], setting.name)
+        require(type(value) is setting.type, f"{path}: {setting.name} cannot be {value!r}")
     return saved
 
 
@@ -1113,7 +1116,7 @@ def read_video(settings, facts, video):
 
 
 # ---------------------------------------------------------------- what the latents look at
-# Its attention shows where a latent looks. To see whether that matters, one has to set its gate to
+# A latent's attention shows where it looks. To see whether that matters, one has to set the gate to
 # 0 and score again.
 
 
@@ -1466,8 +1469,7 @@ def option(name):
 def settings_of(recipe, given):
     """A recipe, or the settings of a run, with what the command line gives in their place.
 
-    Raises InputError for a number or a device that no task can work with, and for a type that only
-    a checkpoint from elsewhere can have."""
+    Raises InputError for a number or a device that no task can work with."""
     settings = replace(recipe, **given)
     try:
         torch.zeros(1, device=settings.device).item()
@@ -1475,12 +1477,10 @@ def settings_of(recipe, given):
         reason = str(error).split("\n")[0]
         raise InputError(f"--device {settings.device} cannot be used: {reason}") from None
     for setting in fields(Settings):
-        value = getattr(settings, setting.name)
-        require(type(value) is setting.type, f"{option(setting.name)} cannot be {value!r}")
         if setting.type in (int, float):
             least = 1 if setting.name in NEVER_ZERO else 0
             require(
-                least <= value < 10**9,  # NaN is not
+                least <= getattr(settings, setting.name) < 10**9,  # NaN is not
                 f"{option(setting.name)} must be at least {least} and below 10^9",
             )
     require(settings.channels % 8 == 0, "--channels must be a multiple of 8")
