@@ -210,8 +210,11 @@ def missing_files(dataset):
     """The paths that the items of a dataset need and that do not exist."""
     missing = []
     for i in distinct_items(dataset):
-        *images, wav = dataset.files(i)  # frames, with AVSBench masks, and the sound
-        missing += [path for path in sum(images, [wav]) if path and not exists(path)]
+        *images, wav = dataset.files(
+            i
+        )  # lists of frames, with AVSBench of masks too, and the sound
+        for paths in ([wav], *images):
+            missing += [path for path in paths if path and not exists(path)]
     return missing
 
 
@@ -328,9 +331,9 @@ class AVEDataset(Dataset):
         """The first ten seconds. A shorter clip goes on with its last frame, and in silence."""
         paths, wav = self.files(i)
         sound = read_wav(wav)
-        frames = by_second(paths, sound)
-        frames += [frames[-1]] * 10  # ten or more now
-        return frames[:10], seconds_of(sound, 10)  # (10, 16000)
+        paths = by_second(paths, sound)
+        paths += [paths[-1]] * 10  # ten or more now
+        return paths[:10], seconds_of(sound, 10)  # (10, 16000)
 
     def __getitem__(self, i):
         label, start, end = self.clips[i]
@@ -379,9 +382,11 @@ class AVSBenchDataset(Dataset):
         path = f"{root}/s4_meta_data.csv"
         self.videos = []  # (name, category)
         for row in csv.DictReader(read_lines(path)):
-            fault = f"{path}: no name, category or split, the columns that line 1 names, in {row}"
             name, category, part = map(row.get, ("name", "category", "split"))
-            require(name and category and part, fault)
+            require(
+                name and category and part,
+                f"{path}: no name, category or split, the columns that line 1 names, in {row}",
+            )
             if part == split:
                 self.videos.append((name, category))
         require(self.videos, f"{path} lists no {split} clips")
@@ -815,8 +820,8 @@ def extract(videos, root):
     faults = []
     for name in progress(names, "extract"):
         try:
-            fault = f"{name}: another file has the same name; rename one of them"
-            require(stems[Path(name).stem] == 1, fault)
+            alone = stems[Path(name).stem] == 1
+            require(alone, f"{name}: another file has the same name; rename one of them")
             extract_video(f"{videos}/{name}", root)
         except InputError as error:
             faults.append(error)  # and go on: one video must not end the others
@@ -969,8 +974,7 @@ def load_tensors(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch documents no list of what it raises here
-        fault = f"{path} is not a checkpoint of tensors: {what_is(path, str(error))}"
-        raise InputError(fault) from None
+        raise InputError(f"{path} is no checkpoint: {what_is(path, str(error))}") from None
 
 
 BEGINNINGS = {  # of files that torch.load cannot read

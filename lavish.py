@@ -15,23 +15,25 @@ Glossary
     code           paper     shape           meaning
     B, T                                     clips in a batch; seconds (frames) of a clip
     BT                                       images in a batch, B*T
-    N, d                                     tokens of one image; their width at this stage
-    frames         I         (B,T,3,S,S)     one video frame per second, S x S pixels
+    N, d                                     tokens of one image; their width at this stage (M:
+                                             tokens that an adapter reads of the other stream)
+    frames         I         (B,T,3,S,S)     one video frame per second; S pixels a side
     spectrograms   A         (B,T,S,S)       one log-mel image per second: rows time, columns mel
     x, other       X_v, X_a  (BT,N,d)        tokens of the stream to update; of the other stream
     latents        L         (m,d)           m learned latent tokens of one adapter
-    summary        S         (BT,m,d)        what the latents read from the other stream, eq. 7
+    summary        S (eq. 7) (BT,m,d)        what the latents read from the other stream
     gate_av, gate  g_av, g   (1,)            learned scalars, 0 at the start
     reduction      r                         bottleneck: d -> d/r -> d
     groups                                   channel groups of the bottleneck's 1x1 convolutions
     visual, audio                            per stage, the tokens of the two streams
 
 Read from top to bottom: the adapter, the two streams, how sound becomes an image, the tasks' heads,
-then the frozen backbones and how their weights are loaded. `require` raises an InputError, one line
-for the user; both are at the end. `python lavish.py` follows one clip through a small net and
-prints the parameter counts.
+then the frozen backbones and how their weights are loaded. `require(condition, message)` stops with
+an InputError, one line for the user; both are at the end. `python lavish.py` follows one clip
+through a small net and prints the parameter counts.
 
-"Released" names a file and line of the authors' code, github.com/GenjiB/LAVISH at 97722b0.
+Where a comment names a file and line, it is of the authors' released code,
+github.com/GenjiB/LAVISH at 97722b0.
 """
 
 import math
@@ -83,7 +85,7 @@ class LavishAdapter(nn.Module):
             if other is None:
                 raise ValueError("an adapter with latents reads the other stream: give `other`")
             _, summary = self.compress(other)  # (BT,m,dim)
-            # Fuse, with the summary S: x' = x + softmax(x S^T) (g_av S)
+            # Fuse: x' = x + softmax(x summary^T) (g_av summary)
             attention = (x @ summary.transpose(1, 2)).softmax(-1)  # (BT,N,m)
             x = x + attention @ (self.gate_av * summary)  # (BT,N,dim)
 
@@ -99,8 +101,8 @@ class LavishAdapter(nn.Module):
     def compress(self, other):
         """Other stream y (BT,M,dim) -> where each latent looks (BT,m,M), what it reads (BT,m,dim).
 
-        Eq. 7: S = L + softmax(L y^T) y. One head and no projections, because the latents are
-        learned queries already, which can also learn the scale that 1/sqrt(d) would give."""
+        Eq. 7: summary = L + softmax(L y^T) y. One head and no projections: the latents are learned
+        queries already. No 1/sqrt(d) either, here or in `forward`, as the paper has none."""
         attention = (self.latents @ other.transpose(1, 2)).softmax(-1)  # (BT,m,M)
         summary = self.latents + attention @ other  # (BT,m,dim)
         return attention, summary
@@ -118,11 +120,12 @@ def lavish_block(backbone, block, lav_v, lav_a, x_v, x_a):
     """One frozen block with its four adapters (Fig. 2). Tokens (BT,N,d) of both streams in and out.
 
     lav_v and lav_a: the visual and the audio stream's adapters, beside attention and beside the
-    MLP, in this order. Each reads the other stream as it enters this attention, or this MLP.
-    No stochastic depth, as the paper mentions none; the release has timm's default of 0.1 here
+    MLP, in this order. Beside attention an adapter reads the other stream's X, beside the MLP its
+    Y. No stochastic depth, as the paper mentions none; the release has timm's default of 0.1 here
     (AVE/nets/net_trans.py:259,378)."""
-    # To the frozen layers both streams are images: they pass as one batch, faster than as two. (Of
-    # two passes torch 2.11 also compiles wrong gradients, where sound reads nothing.)
+    # To the frozen layers both streams are images: they pass as one batch, (2BT,N,d), because large
+    # products are faster. (Of two passes torch 2.11 compiles wrong gradients if sound's adapters
+    # read nothing.)
     msa_v, msa_a = backbone.msa(block, torch.cat([x_v, x_a])).chunk(2)  # (BT,N,d) each
     y_v = x_v + msa_v + lav_v[0](x_v, x_a)
     y_a = x_a + msa_a + lav_a[0](x_a, x_v)
@@ -217,20 +220,23 @@ class OneStream(nn.Module):
         return self
 
     def forward(self, frames, spectrograms):
-        sees = self.modality == "v"
-        x = self.backbone.embed(frames if sees else three_channels(spectrograms))  # (BT,N,d)
+        images = frames if self.modality == "v" else three_channels(spectrograms)
+        x = self.backbone.embed(images)  # (BT,N,d)
         tokens = []
         adapters = iter(self.adapters)
         for blocks, merge in self.backbone.stages:
             for block in blocks:
                 lav = next(adapters)  # of this block, beside attention and beside the MLP
+                # The brackets matter for rounding alone.
                 x = x + (self.backbone.msa(block, x) + lav[0](x))
                 x = x + (self.backbone.mlp(block, x) + lav[1](x))
             tokens.append(x)
             x = merge(x)  # (BT,N/4,2d)
         tokens[-1] = self.backbone.norm(tokens[-1])
         nothing = [torch.zeros_like(x) for x in tokens]
-        return (tokens, nothing) if sees else (nothing, tokens)
+        if self.modality == "v":
+            return tokens, nothing
+        return nothing, tokens
 
 
 def make_adapters(backbone, latents, reduction, groups):
@@ -275,9 +281,8 @@ def fbank(waveform, size=192, mean=AVE_MEAN, std=AVE_STD):
     Raises ValueError for a waveform of another length."""
     if waveform.shape != (SAMPLE_RATE,):
         raise ValueError(f"fbank takes one second, ({SAMPLE_RATE},); got {tuple(waveform.shape)}")
-    # `size` steps span 998.4 ms: 192 of 5.2 ms, the supplementary's shift; other sizes have the
-    # same span, up to Kaldi's whole samples. The other options: AVE/dataloader.py:171; windows of
-    # 25 ms are Kaldi's default. Kaldi removes each window's mean itself.
+    # A step is 998.4 ms / size: at 192 the supplementary's 5.2 ms. Kaldi rounds it to samples.
+    # The other options are those of AVE/dataloader.py:171; windows of 25 ms are Kaldi's default.
     image = torchaudio.compliance.kaldi.fbank(
         waveform[None],
         sample_frequency=SAMPLE_RATE,
@@ -318,13 +323,13 @@ class AVE(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, 512), nn.Linear(512, classes))
 
     def forward(self, frames, spectrograms, extra=None):
-        features = pooled(self.net, frames, spectrograms)  # (B,T,2d)
+        features = features_of(self.net, frames, spectrograms)  # (B,T,2d)
         if extra is not None:
             features = torch.cat([features, extra], -1)  # (B,T,2d+extra_width)
         return self.head(features).float()
 
 
-def pooled(net, frames, spectrograms):
+def features_of(net, frames, spectrograms):
     """frames (B,T,3,S,S), spectrograms (B,T,S,S) -> (B,T,2d): what stands for each image, both
     streams side by side."""
     vectors = []
@@ -351,7 +356,7 @@ class UCF101(nn.Module):
     def forward(self, frames, spectrograms):
         spectrograms = spectrograms.repeat_interleave(2, 1)  # (B,16,S,S)
         # VideoMAE has one vector for a clip, a backbone of images has 16.
-        features = pooled(self.net, frames, spectrograms).mean(1)  # (B,2d)
+        features = features_of(self.net, frames, spectrograms).mean(1)  # (B,2d)
         return self.head(features).float()
 
 
@@ -731,7 +736,7 @@ class WindowAttention(nn.Module):
 
         # Rows and columns between two tokens of a window. If they are w or more, only the cyclic
         # shift made the two neighbours: the mask separates them.
-        places = torch.stack([windows // side, windows % side], -1)  # (W,n,2)
+        places = torch.stack([windows // side, windows % side], -1)  # (W,n,2): row, column
         away = places[:, :, None] - places[:, None]  # (W,n,n,2)
         mask = -100.0 * (away.abs() >= window).any(-1)  # (W,n,n)
         self.register_buffer("mask", mask, persistent=False)
@@ -936,7 +941,7 @@ BACKBONES = {  # name: (class, its settings, image size and address of the publi
     "vit_small": (ViT, (12, 6, 384), 224, None),
     "vit_base": (ViT, (12, 12, 768), 224, f"{TORCH}/vit_b_16-c867db91.pth"),
     "vit_large": (ViT, (24, 16, 1024), 224, f"{TORCH}/vit_l_16-852ce7e3.pth"),
-    "vit_nano": (partial(ViT, patch=8), (4, 4, 80), 32, None),  # of about as many parameters
+    "vit_nano": (partial(ViT, patch=8), (4, 4, 80), 32, None),  # about as many parameters as nano
     "resnet152": (ResNet, ((3, 8, 36, 3), 64), 224, f"{TORCH}/resnet152-394f9c45.pth"),
     "resnet_nano": (ResNet, ((2, 2, 2), 20), 32, None),
     "videomae": (VideoMAE, (12, 12, 768), 224, None),
@@ -952,8 +957,8 @@ def make_backbone(name, image_size=None):
     return kind(*settings, image_size or published_size)
 
 
-# What is not loaded by its name: classifiers, decoders, what follows from the window, a count, and
-# values' biases, which are joined to those of the queries.
+# Names that are skipped: classifiers, decoders, buffers that follow from the window, counters of
+# batch norms, and values' biases, which are joined to those of the queries below.
 UNUSED = (
     "^head|^fc[.]|^decoder|^mask_token|^encoder_to"
     "|relative_position|attn_mask|batches_tracked|v_bias$"
@@ -1006,7 +1011,7 @@ def load_pretrained(backbone, weights):
     wanted = list(backbone.state_dict())[:1]
     found = list(weights)[:3]
     require(named, f"the file of weights holds no tensors by name, as {wanted}, but {found}")
-    # What training, compilation and larger models put before a name.
+    # Prefixes that DataParallel, torch.compile and larger models put before a name.
     weights = {re.sub(r"^((module|_orig_mod|backbone)\.)+", "", n): t for n, t in weights.items()}
     names = names_elsewhere(backbone, weights)
     state = {}
@@ -1104,7 +1109,7 @@ def follow_a_clip():
     frames = torch.randn(1, 10, 3, size, size)
     spectrograms = torch.randn(1, 10, size, size)
     visual, _ = model.net(frames[0], spectrograms[0])
-    features = pooled(model.net, frames, spectrograms)
+    features = features_of(model.net, frames, spectrograms)
     print("One clip of ten seconds through the nano net")
     print(f"    frames                  {tuple(frames.shape)}")
     print(f"    spectrograms            {tuple(spectrograms.shape)}")

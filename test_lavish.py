@@ -388,7 +388,7 @@ def test_one_stream_is_half_of_two_that_do_not_meet(modality, own, other):
 
 
 @parametrize("backbone", [tiny_swin(), tiny_vit()])
-def test_pooled_is_a_class_token_or_the_mean_over_tokens(backbone):
+def test_features_are_a_class_token_or_the_mean_over_tokens(backbone):
     """A ViT has a token that stands for the whole image, a Swin has not.
 
     The head of AVE reads the same width from either.
@@ -398,7 +398,7 @@ def test_pooled_is_a_class_token_or_the_mean_over_tokens(backbone):
     visual, audio = net(frames[0], spectrograms[0])
     tokens = torch.cat([visual[-1], audio[-1]], -1)  # (3,N,2d)
     wanted = tokens[:, 0] if isinstance(backbone, ViT) else tokens.mean(1)
-    assert_close(lavish.pooled(net, frames, spectrograms), wanted[None])
+    assert_close(lavish.features_of(net, frames, spectrograms), wanted[None])
 
 
 # ---------------------------------------------------------------- sound becomes an image
@@ -667,7 +667,7 @@ def test_features_beside_the_sound_enter_aves_head():
     model = randomise(AVE(tiny_lavish(), 7, extra_width=5)).eval()
     frames, spectrograms = images(2, 3)
     extra = torch.randn(2, 3, 5).to(frames)
-    features = torch.cat([lavish.pooled(model.net, frames, spectrograms), extra], 2)
+    features = torch.cat([lavish.features_of(model.net, frames, spectrograms), extra], 2)
     first, second = model.head
     logits = dense(second, dense(first, features)).float()
     assert_close(model(frames, spectrograms, extra), logits)
@@ -2330,7 +2330,7 @@ def test_a_checkpoint_cannot_run_code():
     torch.save({"model": torch.ones(1), "args": argparse.Namespace(lr=1)}, "mae.pth")
     assert data.load_tensors("mae.pth")["model"] == 1
     torch.save({"settings": Evil()}, "evil.pt")
-    refuses("evil.pt is not a checkpoint of tensors", data.load_tensors, "evil.pt")
+    refuses("evil.pt is no checkpoint", data.load_tensors, "evil.pt")
     assert not Path("owned").exists()
 
 
@@ -2352,9 +2352,7 @@ def test_a_file_that_holds_no_tensors_is_named_for_what_it_is(content, fault):
     advises what cannot help.
     """
     Path("weights.pth").write_bytes(content)
-    refuses(
-        f"weights.pth is not a checkpoint of tensors: .*{fault}", data.load_tensors, "weights.pth"
-    )
+    refuses(f"weights.pth is no checkpoint: .*{fault}", data.load_tensors, "weights.pth")
 
 
 def test_a_class_that_blocks_a_checkpoint_is_named():
@@ -3854,8 +3852,8 @@ def test_a_mask_is_where_the_sigmoid_is_above_a_half():
     [
         (train.Settings("ucf101"), "videos are for ave"),
         (train.Settings("ave", extra_audio="vggish.npy"), "videos are for ave .without"),
-        (train.Settings("ave", question="How many?"), "wants --question"),
-        (train.Settings("avqa"), "wants --question"),
+        (train.Settings("ave", question="How many?"), "--question is for avqa alone"),
+        (train.Settings("avqa"), "avqa wants --question"),
     ],
 )
 def test_videos_that_a_run_cannot_use_are_refused(monkeypatch, settings, fault):

@@ -13,7 +13,7 @@ The tasks are ave, avs, avqa, ucf101. --help lists the settings. Those that are
 not given come from the task's recipe: the toy's for toy data, the paper's for
 any other. What each command makes use of:
 
-    TASK        all of them but those of one command alone
+    TASK        all except the last group, of one command alone
     eval        --split --data --weights --device --precision --batch-size
                 --workers; all others are the run's own
     predict     --question --out --weights --device --precision
@@ -84,8 +84,8 @@ class Settings:
 
     task: str  # ave, avs, avqa or ucf101
 
-    # Paths and machine. On the same data only seed, device and precision
-    # change a result.
+    # Paths and machine. Workers and resume never change a result; device,
+    # precision and compile change how it is rounded.
     data: str = ""  # folder of the data set; a toy's is made if missing
     out: str = ""  # folder of the run (runs/NAME_OF_THE_DATA), of pictures
     seed: int = 0  # of adapters, head, random weights, order, negatives
@@ -203,8 +203,9 @@ TOY = {
         PAPER["avqa"], **NANO, moments=1, hidden=128, lr=4e-3, grounding_lr=1e-3, epochs=9
     ),
     "ucf101": replace(
-        PAPER["ucf101"],
-        **{**NANO, "backbone": "videomae_nano", "weights": "none"},  # random weights are enough
+        replace(PAPER["ucf101"], **NANO),
+        backbone="videomae_nano",
+        weights="none",  # random weights are enough
         lr=2e-3,
         epochs=8,
     ),
@@ -217,7 +218,8 @@ TOY = {
 def train_ave(settings, net):
     """Audio-visual event localisation, from settings to test score. net: see make_net.
 
-    Clips of ten seconds. Each second is labelled as one event or background; all count equally."""
+    Clips of ten seconds. Each second is labelled as one event or background, and all seconds count
+    the same."""
     dataset = open_split(settings, "train")
     facts = {
         "classes": dataset.classes,
@@ -230,7 +232,7 @@ def train_ave(settings, net):
 
     model = add_head(settings, facts, net)
     optimizer = make_optimizer(model)
-    log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
+    log = resume(settings, facts, model, optimizer)  # of the epochs done; empty without --resume
     # What to call in training: the model, on several processes DistributedDataParallel around it.
     parallel = in_parallel(model)
 
@@ -239,8 +241,8 @@ def train_ave(settings, net):
             break
         start = time.time()
         set_rates(settings, optimizer, epoch)
-        # Random numbers follow from the seed and the epoch's number, so that a run that was stopped
-        # goes on bit for bit: here those of dropout, if a net has any; in batches the order.
+        # All random numbers follow from --seed and the epoch, so that a resumed run has the same
+        # bits: here those of dropout, if a net has any; in batches the order.
         seed_epoch(settings, epoch)
         model.train()
         losses = []  # of each step
@@ -259,10 +261,10 @@ def train_ave(settings, net):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            del logits, loss  # with their graph, which would break up the memory of the next step
+            del logits, loss  # free their graph now, else the memory of the next step is fragmented
 
         scores = evaluate_ave(settings, facts, model, val)
-        log.append(entry(losses, scores["accuracy"], start))
+        log.append(log_entry(losses, scores["accuracy"], start))
         save_epoch(settings, facts, model, optimizer, log)
 
     load_best_epoch(settings, model)
@@ -307,7 +309,7 @@ def train_avs(settings, net):
 
     model = add_head(settings, facts, net)
     optimizer = make_optimizer(model)
-    log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
+    log = resume(settings, facts, model, optimizer)  # of the epochs done; empty without --resume
     parallel = in_parallel(model)
 
     for epoch in range(len(log), settings.epochs):
@@ -338,7 +340,7 @@ def train_avs(settings, net):
             del logits, loss
 
         scores = evaluate_avs(settings, facts, model, val)
-        log.append(entry(losses, scores["mean IoU"], start))
+        log.append(log_entry(losses, scores["mean IoU"], start))
         save_epoch(settings, facts, model, optimizer, log)
 
     load_best_epoch(settings, model)
@@ -412,7 +414,7 @@ def train_avqa(settings, net):
 
     model = add_head(settings, facts, net)
     optimizer = make_optimizer(model)
-    log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
+    log = resume(settings, facts, model, optimizer)  # of the epochs done; empty without --resume
     parallel = in_parallel(model)
 
     for epoch in range(len(log), settings.epochs):
@@ -444,7 +446,7 @@ def train_avqa(settings, net):
             del logits, match, loss
 
         scores = evaluate_avqa(settings, facts, model, val)
-        log.append(entry(losses, scores["accuracy"], start))
+        log.append(log_entry(losses, scores["accuracy"], start))
         save_epoch(settings, facts, model, optimizer, log)
 
     load_best_epoch(settings, model)
@@ -504,7 +506,7 @@ def train_ucf101(settings, net):
 
     model = add_head(settings, facts, net)
     optimizer = make_optimizer(model)
-    log = resume(settings, facts, model, optimizer)  # empty, unless with --resume
+    log = resume(settings, facts, model, optimizer)  # of the epochs done; empty without --resume
     parallel = in_parallel(model)
 
     for epoch in range(len(log), settings.epochs):
@@ -529,7 +531,7 @@ def train_ucf101(settings, net):
             del logits, loss
 
         scores = evaluate_ucf101(settings, facts, model, val)
-        log.append(entry(losses, scores["accuracy"], start))
+        log.append(log_entry(losses, scores["accuracy"], start))
         save_epoch(settings, facts, model, optimizer, log)
 
     load_best_epoch(settings, model)
@@ -654,23 +656,25 @@ def make_net(settings):
     torch.manual_seed(settings.seed)
     backbone = lavish.make_backbone(settings.backbone, settings.image_size)
     settings.image_size = backbone.image_size
-    is_clip = isinstance(backbone, lavish.VideoMAE)
-    require(not is_clip or settings.task == "ucf101", "VideoMAE reads 16 frames: it is for ucf101")
-    has_maps = len(backbone.dims) > 1
-    require(has_maps or settings.task != "avs", "segmentation needs maps of several stages")
-    bottleneck = (settings.reduction, settings.groups)
+    if isinstance(backbone, lavish.VideoMAE):
+        require(settings.task == "ucf101", "VideoMAE reads 16 frames: it is for ucf101")
+    if settings.task == "avs":
+        require(len(backbone.dims) > 1, "segmentation needs maps of several stages")
     try:
         if settings.modality != "av":
-            return lavish.OneStream(backbone, settings.modality, *bottleneck)
+            return lavish.OneStream(
+                backbone, settings.modality, settings.reduction, settings.groups
+            )
         if settings.compile:
             print("--compile: the first steps take some minutes")
         return lavish.Lavish(
             backbone,
             settings.latents,
-            *bottleneck,
-            settings.one_direction,
-            settings.checkpoint_activations,
-            settings.compile,
+            settings.reduction,
+            settings.groups,
+            one_direction=settings.one_direction,
+            checkpoint_activations=settings.checkpoint_activations,
+            compile_blocks=settings.compile,
         )
     except (ValueError, RuntimeError) as error:  # also too many latents for the memory
         raise InputError(f"{settings.backbone} with these options: {error}") from None
@@ -919,7 +923,7 @@ def check_finite(logits):
     )
 
 
-def entry(losses, score, start):
+def log_entry(losses, score, start):
     """What the log keeps of an epoch: mean loss over its steps, score on val, seconds of both."""
     return {"loss": float(np.mean(losses)), "val": float(score), "seconds": time.time() - start}
 
@@ -1102,7 +1106,10 @@ def read_video(settings, facts, video):
         "videos are for ave (without --extra-audio), avs and avqa",
     )
     words = data.words_of(settings.question)
-    require((words != []) == (task == "avqa"), "avqa, and no other, wants --question")
+    if task == "avqa":
+        require(words, "avqa wants --question")
+    else:
+        require(not words, "--question is for avqa alone")
     with tempfile.TemporaryDirectory() as folder:
         paths, wav = data.video_files(folder, data.extract_video(video, folder))
         count = settings.moments if task == "avqa" else len(paths)
@@ -1139,7 +1146,7 @@ def look(folder, videos, given):
     untouched = predict_clip(settings, model, clip)
 
     def score():
-        """Of the test split; of a video the share of its labels or pixels that are as before."""
+        """On the test split; on a video the share of its labels or pixels that did not change."""
         if videos:
             return (predict_clip(settings, model, clip) == untouched).float().mean().item()
         scores = SCORERS[settings.task](settings, facts, model, test)
@@ -1171,7 +1178,7 @@ def look(folder, videos, given):
 def first_with_error(settings, model, dataset):
     """The first clip of a split whose answer has an error, since errors teach more; otherwise the
     first one."""
-    for *clip, truth in dataset:
+    for *clip, truth in dataset:  # up to the IndexError behind its last item
         if not torch.equal(predict_clip(settings, model, clip), truth):
             return [*clip, truth]
     return dataset[0]
@@ -1202,7 +1209,8 @@ def rows_of_latents(settings, model, clip, name, adapter):
         attention, _ = adapter.compress(other)  # (BT,m,N)
     rows = {}
     frames, spectrograms = rows_of(clip).values()
-    picture = spectrograms if name.startswith("sight") else frames  # (T,C,H,W)
+    reads_sound = name.startswith("sight")
+    picture = spectrograms if reads_sound else frames  # (T,C,H,W)
     for number, weights in enumerate(attention.float().cpu().unbind(1), 1):  # (BT,N)
         greatest = weights.max() * weights.shape[1]
         if len(weights) == 1:  # VideoMAE's tokens of a clip are one sequence
@@ -1211,7 +1219,7 @@ def rows_of_latents(settings, model, clip, name, adapter):
         side = math.isqrt(weights.shape[1])
         maps = weights[:, -side * side :]  # without a ViT's class token
         maps = maps.view(-1, 1, side, side)  # (T,1,H,H)
-        if name.startswith("sight"):
+        if reads_sound:
             maps = as_drawn(maps[:, 0])
         # Each second has its own greatest weight, which is drawn at full brightness.
         maps = maps / maps.amax((2, 3), keepdim=True)
@@ -1287,8 +1295,8 @@ def rows_of_answers(settings, facts, clip, answers):
 def draw(rows, path):
     """Write a picture as PNG: a row for each name, a column for each second.
 
-    rows: {name: T images (T,1 or 3,H,W) from 0 to 1, T masks (T,H,W), or texts}. One text alone
-    goes on over the columns to its right, of more each keeps to its own."""
+    rows: {name: T images (T,1 or 3,H,W) from 0 to 1, T masks (T,H,W), or texts}. A single text may
+    run over the columns to its right; several stay in their own."""
     left = 190  # of the columns: the names have room before them
     step = TILE + 4  # from one tile to the next, with a white edge
     columns = max(len(tiles) for tiles in rows.values())
@@ -1331,18 +1339,20 @@ def report(folders):
             settings = Settings(**result["settings"])
             settings.data = basename(normpath(settings.data))
             same = replace(settings, out="", seed=0, workers=0, device="", resume=False)
-            code = result.get("code")  # runs of before have none
             numbers = [float(result[name]) for name in ("test", "seconds", "gflop")]
+            group = f"{same} {result['code']}"
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is no result of a run ({error!r}); leave it out") from None
-        groups[f"{same} {code}"].append([settings.task, *numbers, folder])
+        groups[group].append([settings.task, folder, *numbers])
     print("task      test  +- std   n      GFLOP  seconds  the first of them")
     for rows in groups.values():
-        task, tests, seconds, gflop, folders = zip(*rows)
+        task, first, *_, gflop = rows[0]
+        tests = [test for _, _, test, _, _ in rows]
+        seconds = [seconds for _, _, _, seconds, _ in rows]
         spread = f"{np.std(tests, ddof=1):.4f}" if len(tests) > 1 else "-"
         print(
-            f"{task[0]:7} {np.mean(tests):.4f} {spread:>7} {len(tests):3} {gflop[0]:10.4f} "
-            f"{np.mean(seconds):8.0f}  {folders[0]}"
+            f"{task:7} {np.mean(tests):.4f} {spread:>7} {len(tests):3} {gflop:10.4f} "
+            f"{np.mean(seconds):8.0f}  {first}"
         )
 
 
@@ -1377,6 +1387,7 @@ def bench(settings):
             with autocast(settings), torch.set_grad_enabled(training):
                 logits = model(*inputs)
             if training:
+                # AVQA gives two tensors; of one tensor these are its clips.
                 loss = sum(x.square().mean() for x in logits if x is not None)
                 optimizer.zero_grad()
                 loss.backward()
@@ -1533,7 +1544,7 @@ def main(arguments=None):
     after Ctrl-C."""
     command, paths, given = parse(arguments)
     # TF32 in a GPU's matrix products, as the release had it: the default of its torch 1.7
-    # (AVE/requirements.txt:21). A CPU computes as before.
+    # (AVE/requirements.txt:19). A CPU computes as before.
     torch.set_float32_matmul_precision("high")
     try:
         if command in LOOPS:
