@@ -4,7 +4,7 @@
     python data.py extract VIDEOS ROOT              videos -> frames and sounds
     python data.py check TASK ROOT [--size S]       read every item, print what is wrong
     python data.py stats TASK ROOT [--size S]       mean and std of the spectrograms, kept in ROOT
-    python data.py toy TASK ROOT [--seed N]         write the toy data set
+    python data.py toy TASK ROOT                    write the toy data set
 
 TASK is ave, avs, avqa or ucf101; S is the side of the images in pixels, 192 unless given.
 
@@ -103,13 +103,13 @@ def spectrograms_of(seconds, size, stats):
 def open_image(path):
     """A jpg or png of 8 bits per channel -> an RGBA image of Pillow's, turned as its EXIF says."""
     try:
-        content = Path(path).read_bytes()
-        image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG"])
+        image = Image.open(path, formats=["JPEG", "PNG"])
         image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:  # Pillow documents no list of what it raises here
-        raise InputError(f"{path} is not a readable image ({error}); make it again") from None
+        raise InputError(f"{path} is no readable jpg or png ({error}); make it again") from None
     # Pillow would keep only the upper 8 of 16 bits, or clip greys at 255. Byte 24 of a png is its
     # number of bits.
+    content = Path(path).read_bytes()
     deep = content.startswith(b"\x89PNG") and content[24] == 16
     require(not deep, f"{path} has not 8 bits per channel; convert it to 8")
     return image
@@ -168,15 +168,15 @@ def video_files(root, video):
 def by_second(paths, sound):
     """The frame from the middle of each second: a list of the paths that are needed.
 
-    The length of the sound tells how many frames there are in a second. The release stretches the
-    frames over the ten seconds of the labels (AVE/dataloader.py:223), which shifts them if there
-    are 9 or 11. InputError if the frames do not fit the sound.
+    The length of the sound tells how many frames there are in a second, a whole number. The release
+    stretches the frames over the ten seconds of the labels (AVE/dataloader.py:223), which shifts
+    them if there are 9 or 11. InputError if the frames do not fit the sound.
     """
     duration = len(sound) / SAMPLE_RATE  # in seconds
     fps = max(1, round(len(paths) / max(1, duration)))  # frames a second
-    # Up to a second of difference is usual, and ffmpeg rounds a clip to a whole number of frames.
+    # A difference of half a second, and of one frame by rounding, moves no frame to another second.
     require(
-        abs(len(paths) / fps - duration) < 1.5,
+        abs(len(paths) / fps - duration) < 0.5 + 1 / fps,
         f"{dirname(paths[0])} has {len(paths)} frames, but its sound has {duration:.1f} s: "
         "which frame is of which second? Extract both from the video again",
     )
@@ -381,10 +381,14 @@ class AVSBenchDataset(Dataset):
 
         path = f"{root}/s4_meta_data.csv"
         self.videos = []  # (name, category)
-        for row in csv.DictReader(read_lines(path)):
+        try:
+            rows = [*csv.DictReader(read_lines(path), strict=True)]
+        except csv.Error as error:
+            raise InputError(f"{path}: {error}; is a quotation mark left open?") from None
+        for row in rows:
             name, category, part = map(row.get, ("name", "category", "split"))
             require(
-                name and category and part,
+                name and category and part in ("train", "val", "test"),
                 f"{path}: no name, category or split, the columns that line 1 names, in {row}",
             )
             if part == split:
@@ -500,10 +504,10 @@ class MusicAVQADataset(Dataset):
         """
         paths, wav = self.files(i)
         sound = read_wav(wav)
-        frames = by_second(paths, sound)  # n
-        seconds = seconds_of(sound, len(frames))  # (n, 16000)
-        at = evenly(len(frames), self.count)
-        return [frames[second] for second in at], seconds[at]  # (T, 16000)
+        paths = by_second(paths, sound)  # n
+        seconds = seconds_of(sound, len(paths))  # (n, 16000)
+        at = evenly(len(paths), self.count)
+        return [paths[second] for second in at], seconds[at]  # (T, 16000)
 
     def __getitem__(self, i):
         question = self.questions[i]
@@ -980,8 +984,8 @@ def load_tensors(path):
 BEGINNINGS = {  # of files that torch.load cannot read
     b"version https://git-lfs": "a pointer of Git LFS is in its place; get the file: git lfs pull",
     b"<": "it is a web page; delete it and start again, or download the file itself",
-    b"PK": "it is cut or damaged; delete it and start again",
-    b"\x80": "it is cut or damaged; delete it and start again",
+    b"PK": "it is no file of torch.save, or cut or damaged; delete it and start again",
+    b"\x80": "it is no file of torch.save, or cut or damaged; delete it and start again",
 }
 
 
@@ -1119,15 +1123,15 @@ def is_toy(root):
     return exists(f"{root}/toy.json")
 
 
-def make_toy(task, root, seed=0):
+def make_toy(task, root):
     """Write the toy data set of a task, complete or not at all."""
     require(not exists(root), f"{root} is there already; remove it or choose another folder")
     makers = {"ave": toy_ave, "avs": toy_avs, "avqa": toy_avqa, "ucf101": toy_ucf101}
     unfinished = root.rstrip("/") + ".partial"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped
-    makers[task](unfinished, np.random.default_rng(seed))
+    makers[task](unfinished, np.random.default_rng(0))
     measure_stats(task, unfinished, TOY_SIZE)
-    write_lines([json.dumps({"task": task, "seed": seed})], f"{unfinished}/toy.json")
+    write_lines([json.dumps({"task": task})], f"{unfinished}/toy.json")
     os.replace(unfinished, root)
 
 
@@ -1376,11 +1380,10 @@ def run():
     parser.add_argument("source", help="a task; for extract the folder of videos")
     parser.add_argument("root", help="the folder of the data set")
     parser.add_argument("--size", type=int, default=192, help="of the images, in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of the toy")
     args = parser.parse_args()
 
     task = args.source
-    require(args.size > 15 and args.seed >= 0, "--size wants at least 16, --seed at least 0")
+    require(15 < args.size < 1000, "--size wants a number from 16 to 999")
     require(args.source and args.root, "the name of a folder is empty")
     if args.command == "extract":
         return extract(args.source, args.root)
@@ -1391,7 +1394,7 @@ def run():
         mean, std = measure_stats(task, args.root, args.size)
         print(f"mean {mean:.6f}  std {std:.6f}  (kept in {stats_path(args.root, args.size)})")
     else:
-        make_toy(task, args.root, args.seed)
+        make_toy(task, args.root)
     print(f"Next: python train.py {task} --data {args.root}")
     return 0
 

@@ -982,7 +982,7 @@ VIT_NAMES = [
 ]
 
 
-def names_elsewhere(backbone, weights):
+def names_elsewhere(backbone, tensors):
     """[(pattern, ours)] of the names that tensors have in the files of other publishers."""
     if isinstance(backbone, ViT):
         return MLP_NAMES + VIT_NAMES
@@ -990,7 +990,7 @@ def names_elsewhere(backbone, weights):
         return [(r"^layer(?=\d)", "layers.layer")]
     # Microsoft's and timm's Swin-V2; timm from 0.9 on has the merging at the start of the next
     # stage.
-    merge = 2 if "layers.0.downsample.norm.weight" in weights else 0
+    merge = 2 if "layers.0.downsample.norm.weight" in tensors else 0
     names = [
         ("patch_embed.proj", "features.0.0"),
         ("patch_embed.norm", "features.0.2"),
@@ -1007,19 +1007,22 @@ def load_pretrained(backbone, weights):
         if isinstance(weights, dict) and key in weights:
             weights = weights[key]
     require(isinstance(weights, dict), f"the file of weights holds a {type(weights).__name__}")
-    named = all(isinstance(n, str) and torch.is_tensor(t) for n, t in weights.items())
+    tensors = {}
+    for name, tensor in weights.items():
+        if torch.is_tensor(tensor):  # not the number of an epoch, for example
+            # Prefixes that DataParallel, torch.compile and larger models put before a name.
+            name = re.sub(r"^((module|_orig_mod|backbone)\.)+", "", str(name))
+            tensors[name] = tensor
     wanted = list(backbone.state_dict())[:1]
     found = list(weights)[:3]
-    require(named, f"the file of weights holds no tensors by name, as {wanted}, but {found}")
-    # Prefixes that DataParallel, torch.compile and larger models put before a name.
-    weights = {re.sub(r"^((module|_orig_mod|backbone)\.)+", "", n): t for n, t in weights.items()}
-    names = names_elsewhere(backbone, weights)
+    require(tensors, f"the file of weights holds no tensors by name, as {wanted}, but {found}")
+    names = names_elsewhere(backbone, tensors)
     state = {}
-    for name, tensor in weights.items():
+    for name, tensor in tensors.items():
         if re.search(UNUSED, name):
             continue
         if name.endswith("q_bias"):  # Microsoft and VideoMAE store queries' and values' apart
-            v_bias = weights.get(name.replace("q_bias", "v_bias"), tensor[:0])
+            v_bias = tensors.get(name.replace("q_bias", "v_bias"), tensor[:0])
             tensor = torch.cat([tensor, torch.zeros_like(tensor), v_bias])
             name = name.replace("q_bias", "qkv.bias")
         for pattern, ours in names:
@@ -1032,7 +1035,7 @@ def load_pretrained(backbone, weights):
         if name.endswith("relative_coords_table"):
             theirs = state.get(name, tensor)  # (1,2w-1,2w-1,2)
             same = theirs.shape == tensor.shape and (theirs - tensor).abs().max() < 1e-3
-            window = (theirs.shape[1] + 1) // 2
+            window = (math.isqrt(theirs.numel() // 2) + 1) // 2
             require(same, f"the weights of {name} are of another window (of {window} tokens)")
         if re.search(UNUSED + "|relative_coords", name):
             state[name] = tensor  # stays as it is

@@ -1066,10 +1066,11 @@ def predict(folder, videos, given):
     require(videos, "predict wants the folder of a run, then videos")
     pictures = given.get("out", ".")
     settings, facts, model = open_run(folder, given)
+    question = read_question(settings, facts)
     faults = []
     for video in videos:
         try:
-            frames, spectrograms, *question = read_video(settings, facts, video)
+            frames, spectrograms = read_video(settings, facts, video)
         except InputError as error:
             print(error)
             faults.append(video)
@@ -1083,7 +1084,7 @@ def predict(folder, videos, given):
             if settings.task != "avs":
                 for t, name in enumerate(rows["found"], start):
                     print(f"{video}, from {t} s: {name}")
-            # Both paths, so that no other run and no other video writes the same picture.
+            # Both names, because several runs and videos may write into one folder.
             name = f"{normpath(folder)}-{normpath(video)}".replace(os.sep, "-").lstrip("-.")
             draw(rows, f"{pictures}/{name}-{start:04d}.png")
     require(not faults, f"{len(faults)} of {len(videos)} videos could not be read: {faults}")
@@ -1096,30 +1097,34 @@ def predict_clip(settings, model, clip):
     return logits > 0 if settings.task == "avs" else logits.argmax(-1)
 
 
-def read_video(settings, facts, video):
-    """A video file -> frames (T,3,S,S), spectrograms (T,S,S), and AVQA's question (W,).
+def read_question(settings, facts):
+    """What is given to a net beside a video: of AVQA [the question, (W,)], of other tasks [].
 
-    The same functions read it that read the data sets. T is its seconds, or AVQA's moments."""
-    task = settings.task
+    Raises InputError for a run that cannot use videos, and for a question that is missing or holds
+    an unknown word."""
     require(
-        task != "ucf101" and not settings.extra_audio,
+        settings.task != "ucf101" and not settings.extra_audio,
         "videos are for ave (without --extra-audio), avs and avqa",
     )
     words = data.words_of(settings.question)
-    if task == "avqa":
+    if settings.task == "avqa":
         require(words, "avqa wants --question")
-    else:
-        require(not words, "--question is for avqa alone")
+        return [data.encode(words, facts["vocabulary"])]
+    require(not words, "--question is for avqa alone")
+    return []
+
+
+def read_video(settings, facts, video):
+    """A video file -> frames (T,3,S,S), spectrograms (T,S,S).
+
+    The same functions read it that read the data sets. T is its seconds, or AVQA's moments."""
     with tempfile.TemporaryDirectory() as folder:
         paths, wav = data.video_files(folder, data.extract_video(video, folder))
-        count = settings.moments if task == "avqa" else len(paths)
+        count = settings.moments if settings.task == "avqa" else len(paths)
         chosen = data.evenly(len(paths), count)
         frames = data.read_frames([paths[second] for second in chosen], settings.image_size)
         seconds = data.seconds_of(data.read_wav(wav), len(paths))[chosen]  # (T,16000)
-    clip = [frames, data.spectrograms_of(seconds, settings.image_size, facts["stats"])]
-    if task == "avqa":
-        clip.append(data.encode(words, facts["vocabulary"]))
-    return clip
+    return frames, data.spectrograms_of(seconds, settings.image_size, facts["stats"])
 
 
 # ---------------------------------------------------------------- what the latents look at
@@ -1139,7 +1144,8 @@ def look(folder, videos, given):
     adapters = adapters_with_latents(model.net)
     require(adapters, f"{folder} has no latents to look at")
     if videos:
-        clip = read_video(settings, facts, videos[0])
+        question = read_question(settings, facts)
+        clip = [*read_video(settings, facts, videos[0]), *question]
     else:
         test = load_in_order(settings, "test", facts)
         *clip, truth = first_with_error(settings, model, test.dataset)
