@@ -2482,7 +2482,7 @@ def test_a_class_that_blocks_a_checkpoint_is_named():
     )
     torch.save({"model": torch.ones(1000)}, "cut.pth")
     os.truncate("cut.pth", 2000)
-    refuses("cut.pth .* it is cut or damaged; delete it", data.load_tensors, "cut.pth")
+    refuses("cut.pth .* cut or damaged; delete it", data.load_tensors, "cut.pth")
 
 
 def test_a_file_is_on_the_disk_before_its_name_is(monkeypatch):
