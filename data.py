@@ -981,14 +981,6 @@ def load_tensors(path):
         raise InputError(f"{path} is no checkpoint: {what_is(path, str(error))}") from None
 
 
-BEGINNINGS = {  # of files that torch.load cannot read
-    b"version https://git-lfs": "a pointer of Git LFS is in its place; get the file: git lfs pull",
-    b"<": "it is a web page; delete it and start again, or download the file itself",
-    b"PK": "it is no file of torch.save, or cut or damaged; delete it and start again",
-    b"\x80": "it is no file of torch.save, or cut or damaged; delete it and start again",
-}
-
-
 def what_is(path, error):
     """What a file is that torch.load cannot read, by torch's error or by its first bytes."""
     blocked = re.search(r"GLOBAL (\S+)", error)
@@ -1001,10 +993,13 @@ def what_is(path, error):
         start = file.read(100)
     if start[8:9] == b"{":
         return "it is a safetensors file; load it with safetensors.torch, then torch.save it"
-    for beginning, what in BEGINNINGS.items():
-        if start.strip().startswith(beginning):
-            return what
-    return f"it begins with {start[:9]}, as no file of torch.save does"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS is in its place; get the file: git lfs pull"
+    if start.lstrip().startswith(b"<"):
+        return "it is a web page; delete it and start again, or download the file itself"
+    return (
+        f"it is cut, or no file of torch.save: delete it, start again; it begins with {start[:9]}"
+    )
 
 
 # ---------------------------------------------------------------- the toys: looks and timbres
