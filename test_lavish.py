@@ -4046,9 +4046,11 @@ def test_look_at_a_video_scores_the_labels_that_stay(toys, capsys, monkeypatch):
     model.head[1].bias.data -= model(*[x[None] for x in video]).mean((0, 1)).detach()
     for adapter in named.values():
         adapter.gate_av.data.fill_(5)
+    main("look run")
     capsys.readouterr()
-    rows, _ = drawn_rows(monkeypatch, "look run a.mp4")
-    assert read_video.call_args.args[2] == "a.mp4"
+    rows, _ = drawn_rows(monkeypatch, "look run b/a.mp4")
+    assert {"look.png", "look-a.mp4.png"} <= {*os.listdir("run")}  # neither hides the other
+    assert read_video.call_args.args[2] == "b/a.mp4"
     untouched, table = table_of_look(capsys)
     assert untouched == "1.0000"
     labels = model(*[x[None] for x in video]).argmax(-1)

@@ -1178,7 +1178,8 @@ def look(folder, videos, given):
         if not videos:
             answers["true"] = truth
         rows |= rows_of_answers(settings, facts, clip, answers)
-    draw(rows, f"{settings.out}/look.png")
+    name = "-".join(["look", *map(basename, videos)])  # look, or look-film.mp4
+    draw(rows, f"{settings.out}/{name}.png")
 
 
 def first_with_error(settings, model, dataset):
