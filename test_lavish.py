@@ -1695,6 +1695,7 @@ def tone(rate):
     "place, content, fault",
     [
         (34, b"\x08", "has 8 bit"),
+        (34, b"\x18", "has 24 bit"),
         (24, bytes(4), "at 0 Hz"),
         (24, b"\xff" * 4, "at 4294967295 Hz"),
         (20, b"\3", "unknown format: 3"),  # float
@@ -1743,12 +1744,31 @@ def test_a_cut_wav_is_read_as_far_as_it_goes():
     write_wav("cut.wav", noise(1))
     os.truncate("cut.wav", 44 + 2001)
     assert len(read_wav("cut.wav")) == 1000
+    write_wav("stereo.wav", np.stack([noise(1), noise(1)], 1))
+    os.truncate("stereo.wav", 44 + 2002)
+    assert len(read_wav("stereo.wav")) == 500
     for size in (30, 0):
         os.truncate("cut.wav", size)
         refuses("cut.wav is no wav that Python can read", read_wav, "cut.wav")
 
 
+def test_full_scale_is_one():
+    """Of 16 bits the least is -32768."""
+    write_wav("loud.wav", np.array([-32768 / 32767, 0]))
+    assert_same(read_wav("loud.wav"), torch.tensor([-0.5, 0.5]))  # without the mean
+
+
 # ---------------------------------------------------------------- frames
+
+
+def test_a_frame_stays_within_black_and_white():
+    """Bicubic enlargement overshoots at an edge."""
+    write_grey("edge.png", 0, 255)
+    frames = data.read_frames(["edge.png"], 96)
+    shades = frames * torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
+    shades = shades + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
+    assert shades.min() >= -1e-6
+    assert shades.max() <= 1 + 1e-6
 
 
 def test_a_folder_without_frames_is_named():
@@ -1920,6 +1940,11 @@ def test_features_of_ave_belong_to_the_line_of_the_clip(roots):
     items = dataset("ave", "val", extra_audio="vggish.npy")
     assert_same(items[0][2], features[2])
     assert_same(items[1][2], features[0])
+    for shape in ((2, 10, 128), (3, 10, 64)):
+        np.save("wrong.npy", np.zeros(shape))
+        fault = r"wrong.npy has shape .*, not \(3, 10, 128\)"
+        with pytest.raises(lavish.InputError, match=fault):
+            dataset("ave", "val", extra_audio="wrong.npy")
     Path("ave/valSet.txt").write_text(first.replace("good", "fair"))
     with pytest.raises(lavish.InputError, match="'Frying.*fair"):
         dataset("ave", "val", extra_audio="vggish.npy")
@@ -1943,6 +1968,17 @@ def test_masks_are_read_however_they_are_stored(roots, on, off, wanted):
     assert masks.shape == (5, 24, 24)
     assert masks[1, :, :12].unique() == wanted
     assert masks[1, :, 12:].sum() == 0
+
+
+def test_second_t_of_avs_is_second_t_of_the_sound(roots):
+    """And a mask that is missing is known before training."""
+    items = dataset("avs")
+    sound = read_wav("avs/s4_data/audio_wav/test/tabla/-1 a.wav")
+    for t, spectrogram in enumerate(items[0][1]):
+        assert_same(spectrogram, fbank(sound[16000 * t :][:16000], SIZE))
+    assert data.missing_files(items) == []
+    os.remove(MASK)
+    assert data.missing_files(items) == [MASK]
 
 
 def test_a_mask_that_was_resized_has_greys(roots):
@@ -2065,6 +2101,17 @@ def test_numbers_in_a_list_of_questions_are_words():
     assert (question["video"], question["answer"]) == ("5", "2")
 
 
+def test_negatives_are_of_all_other_videos(roots):
+    """Each moment draws a video of its own."""
+    rows = json.loads(AVQA_QUESTIONS)
+    rows[2]["video_id"] = "black"
+    Path("avqa/avqa-train.json").write_text(json.dumps(rows))
+    write_video("avqa", "black", [0] * 6, noise(6))
+    write_video("avqa", "-0 1", [50] * 6, noise(6))
+    greys = grey_of(data.NegativeFrames(dataset("avqa", "train"), 0)[1][3])
+    assert {*greys} == {0, 50}
+
+
 def test_negatives_want_a_second_video(roots):
     """There is one for each moment. With one video, there is no other one to draw from."""
     negatives = data.NegativeFrames(dataset("avqa", "train"), 0)[0][3]
@@ -2090,6 +2137,9 @@ def test_labels_of_ucf101_are_folders_and_groups_24_and_25_are_val(roots):
         items = dataset("ucf101", split)
         assert items.videos == [video]
         assert items.about == [(label, 8)]
+    Path("ucf101/trainlist01.txt").write_text("Act/v_aCT_g23_c01.avi 1\nAct/v_aCT_g25_c01.avi 1\n")
+    assert dataset("ucf101", "train").videos == ["v_aCT_g23_c01"]
+    assert dataset("ucf101", "val").videos == ["v_aCT_g25_c01"]
 
 
 def test_items_of_ucf101(roots):
@@ -2400,6 +2450,8 @@ def test_check_counts_all_clips_and_seconds_of_a_class(roots, capsys):
     Path("ave/trainSet.txt").write_text(AVE_ROWS.replace("0&0", "5&6"))
     data.check("ave", "ave", SIZE)
     assert "Church bell: train 2 (3 s), val 2 (2 s), test 2 (2 s)\n" in capsys.readouterr().out
+    data.check("avs", "avs", SIZE)
+    assert "tabla: train 1 (5 s), test 1 (5 s)\n" in capsys.readouterr().out
     data.check("avqa", "avqa", SIZE)
     assert "yes: train 1 (10 s), test 1 (10 s)\n" in capsys.readouterr().out
     data.check("ucf101", "ucf101", SIZE)
