@@ -28,7 +28,7 @@ import wave
 import zlib
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock, patch
+from unittest.mock import MagicMock, Mock, patch
 
 import numpy as np
 import pytest
@@ -2024,6 +2024,17 @@ def test_masks_that_may_mean_something_else_are_refused(roots, kind, found):
     refuses(f"a_2.png .*{found}", dataset("avs").__getitem__, 0)
 
 
+@parametrize("shades", [[0, 1, 255], [*range(0, 96, 4)]])
+@parametrize("coloured", [False, True])
+def test_shades_that_make_no_mask_are_refused(roots, shades, coloured):
+    """Three of them may mark pixels to leave out; a picture may be all dark, or coloured."""
+    row = np.resize(shades, 24)
+    if coloured:
+        row = np.stack([row * 2, row, row], 1)[None]
+    Image.fromarray(np.broadcast_to(row, (24, *row.shape[-2:])).astype(np.uint8)).save(MASK)
+    refuses("a_2.png is neither black and one colour nor greys", dataset("avs").__getitem__, 0)
+
+
 def test_training_has_the_mask_of_the_first_frame_alone(roots):
     """The list is read by the names of its columns, in any order and with others between.
 
@@ -2851,6 +2862,7 @@ def settings_of(monkeypatch, line):
         ("ave", "large 192 px, adapters 2/8/2, batch 2, lr 5e-06 4e-06, epochs 50/5"),
         ("avs", "large 192 px, adapters 16/4/2, batch 4, lr 0.0001 0.0001, epochs 30/0"),
         ("avqa", "large 192 px, adapters 16/4/2, batch 1, lr 8e-05 8e-05, epochs 30/5"),
+        ("ucf101", "videomae 224 px, adapters 2/4/2, batch 4, lr 0.0001 0.001, epochs 20/0"),
     ],
 )
 def test_real_data_gets_the_supplementarys_numbers(roots, monkeypatch, task, wanted):
@@ -2861,7 +2873,11 @@ def test_real_data_gets_the_supplementarys_numbers(roots, monkeypatch, task, wan
     """
     monkeypatch.setattr(train, "make_weights", str)
     monkeypatch.setattr(train, "load_weights", Mock())
-    s = settings_of(monkeypatch, f"{task} --data={task}")
+    weights = "--weights=none" if task == "ucf101" else ""
+    s = settings_of(monkeypatch, f"{task} --data={task}/ {weights}")
+    assert s.out == f"runs/{task}"
+    assert (s.channels, s.hidden, s.moments) == (256, 512, 10)
+    assert not (s.linear_decay or s.first_second or s.one_direction or s.tpavi)
     adapters = f"adapters {s.latents}/{s.reduction}/{s.groups}"
     numbers = f"batch {s.batch_size}, lr {s.lr} {s.head_lr}, epochs {s.epochs}/{s.patience}"
     assert f"{s.backbone} {s.image_size} px, {adapters}, {numbers}" == wanted
@@ -2873,7 +2889,7 @@ def test_real_data_gets_the_supplementarys_numbers(roots, monkeypatch, task, wan
         ("ave --backbone=huge", "unknown backbone 'huge'"),
         ("ave --reduction=7", "no multiple of reduction 7"),
         ("ave --backbone=resnet_nano --image-size=36", "36 is no multiple of 16"),
-        ("ave --epochs=0", "--epochs must be at least 1"),
+        *((f"ave {train.option(name)}=0", "must be at least 1") for name in train.NEVER_ZERO),
         ("ave --lr=-1", "--lr must be at least 0"),
         ("ave --seed=9999999999999999999", "--seed must be at least 0 and below"),
         ("ave --device=meta", "--device meta cannot be used"),
@@ -3141,6 +3157,93 @@ def test_losses_are_those_of_the_papers(toys, monkeypatch, task, loss_by_hand):
     assert losses("run") == [pytest.approx(np.mean(by_hand), rel=1e-4)]
 
 
+def test_five_seconds_of_avs_are_seen_and_the_first_is_scored(toys, monkeypatch):
+    """As with real data: the loss by hand, on the first frame of what the net says to all."""
+    batches = spy_batches(monkeypatch)
+    forward = lavish.AVS.forward
+    by_hand = []
+
+    def spy(model, frames, spectrograms, first_only=False):
+        assert frames.shape[1] == spectrograms.shape[1] == 5
+        logits = forward(model, frames, spectrograms, first_only)
+        if first_only:
+            by_hand.append(avs_loss(logits, batches[-1]).item())
+        return logits
+
+    monkeypatch.setattr(lavish.AVS, "forward", spy)
+    main(f"avs --data={toys}/avs --epochs=1 --batch-size=3 --no-first-second --out=run")
+    assert losses("run") == [pytest.approx(np.mean(by_hand), rel=1e-4)]
+
+
+@parametrize("modality, tensors", [("av", 5), ("v", 4)])
+def test_negatives_come_with_the_seed_and_with_both_streams(toys, monkeypatch, modality, tensors):
+    """One stream alone has nothing to match. What the words alone say is kept for the test."""
+    batches = spy_batches(monkeypatch)
+    negatives = Mock(wraps=data.NegativeFrames)
+    monkeypatch.setattr(data, "NegativeFrames", negatives)
+    main(f"avqa --data={toys}/avqa --modality={modality} --seed=5 --epochs=1 --out=run")
+    assert {len(batch) for batch in batches} == {tensors}
+    assert [call.args[1] for call in negatives.call_args_list] == [5] * (tensors - 4)
+    items = data.MusicAVQADataset(f"{toys}/avqa", "train", SIZE)
+    settings, _, model = train.open_run("run", {})
+    assert result("run")["gflop"] == train.count_gflop(settings, model)
+    guesses = torch.load("run/adapters.pt")["facts"]["guesses"]
+    assert guesses == train.commonest_answers(items.questions)
+    assert result("run")["scores"]["from the words of the question alone"] > 0
+
+
+@parametrize("task", ["ave", "avs", "avqa", "ucf101"])
+def test_no_net_that_diverges_is_kept_or_scored(toys, capsys, monkeypatch, task):
+    """Each loop ends at the first step; so does whatever looks at a clip."""
+    head = getattr(lavish, task.upper())
+    forward = head.forward
+
+    def diverge(model, *inputs, **more):
+        outputs = forward(model, *inputs, **more)
+        if not model.training:
+            return outputs
+        if task == "avqa":
+            return outputs[0] * np.nan, outputs[1]
+        return outputs * np.nan
+
+    monkeypatch.setattr(head, "forward", diverge)
+    line = f"{task} --data={toys}/{task} --epochs=1 --out=run"
+    assert "the net's output is not finite" in one_line_error(capsys, line)
+    logits = torch.full((1, 3), np.nan)
+    answers = (logits, None) if task == "avqa" else logits
+    settings = train.Settings(task, device="cpu")
+    refuses("not finite", train.logits_of, settings, Recited(answers), [IMAGES])
+
+
+def test_a_split_is_opened_by_the_facts_of_training(toys):
+    """Its moments and words; another size of masks is refused."""
+    settings = train.Settings("avqa", data=f"{toys}/avqa", image_size=SIZE, moments=3)
+    vocabulary = train.open_split(settings, "train").vocabulary
+    turned = {**vocabulary, "words": vocabulary["words"][::-1]}
+    items = train.open_split(settings, "test", {"vocabulary": turned})
+    assert items.vocabulary == turned
+    assert len(items[0][0]) == 3
+    settings = train.Settings("avs", data=f"{toys}/avs", image_size=SIZE)
+    refuses("test has other mask_size", train.open_split, settings, "test", {"mask_size": 16})
+
+
+def test_pretraining_moves_the_weights_and_scores_in_evaluation_mode(monkeypatch):
+    """The accuracy that is printed is that of running statistics."""
+    modes = []
+
+    def spy(backbone, images):
+        modes.append(backbone.training)
+        return lavish.frozen_forward(backbone, images)
+
+    monkeypatch.setattr(lavish.ResNet, "forward", spy)
+    torch.manual_seed(0)
+    start = lavish.make_backbone("resnet_nano").state_dict()
+    torch.manual_seed(0)
+    train.pretrain_nano("resnet_nano", "net.pt", steps=2)
+    assert modes == [True, True, False]
+    assert not torch.equal(torch.load("net.pt")["conv1.weight"], start["conv1.weight"])
+
+
 @parametrize("task, loss_by_hand", LOSSES)
 def test_a_run_is_a_plain_loop(toys, monkeypatch, task, loss_by_hand):
     """Two epochs by another loop, with an Adam for each parameter, have the same losses.
@@ -3259,14 +3362,24 @@ def test_the_best_epoch_on_val_is_kept_and_tested_and_patience_ends_a_run(toys, 
     """
     script = iter([0.1, 0.5, 0.5, 0.2, 0.9])
     weights = []
+    opened = []  # (split, its data set)
+    open_split = train.open_split
+
+    def open_and_note(settings, split, facts=None):
+        opened.append((split, open_split(settings, split, facts)))
+        return opened[-1][1]
+
+    monkeypatch.setattr(train, "open_split", open_and_note)
+    scored = []
 
     def score(settings, facts, model, loader):
+        scored.extend(split for split, dataset in opened if dataset is loader.dataset)
         weights.append(copy.deepcopy(lavish.trained_state_dict(model)))
         return {"mean IoU" if task == "avs" else "accuracy": next(script)}
 
     monkeypatch.setattr(train, f"evaluate_{task}", score)
     main(f"{task} --data={toys}/{task} --epochs=9 --patience=2 --batch-size=9 --out=run")
-    assert len(weights) == 5
+    assert scored == ["val", "val", "val", "val", "test"]
     assert_same(trained("run"), weights[1])
     assert_same(weights[4], weights[1])
     assert result("run")["test"] == 0.9
@@ -3335,12 +3448,20 @@ def test_scores_of_masks_by_hand():
     # At 0.5 both pixels are found, the right one, and where nothing sounds half is left empty.
     assert train.mask_iou(p.logit(), masks).tolist() == [0.5, 1, 0.5]
     assert scores["mean IoU"] == pytest.approx((0.5 + 1 + 0.5) / 3)
+    empty = train.mask_iou(torch.tensor([[1.0, -1.0, -1.0, -1.0]]), torch.zeros(1, 4))
+    assert empty.tolist() == [0.75]
     # The best threshold of all lies below 0.6: precision is 0.5 and 1, recall 1. The best one of
     # each frame would give 1; the mean over the thresholds is lower.
     first = 1.3 * 0.5 * 1 / (0.3 * 0.5 + 1)
     assert scores["F score"] == pytest.approx((first + 1) / 2)
     # 255 thresholds from 0 to 1: the right pixel is found by those up to 228.6 and 152.4 / 254.
     assert (train.f_score(p.logit(), masks) > 0).sum(1).tolist() == [229, 153, 0]
+    sure = train.f_score(torch.tensor([[100.0, -100.0]]), masks[:1])
+    assert (sure > 0).all()  # a sigmoid of 1 reaches the last threshold too
+    # The training split has a mask of the first frame alone.
+    logits = torch.tensor([[[[1.0, -1.0]], [[-1.0, 1.0]]]])  # (1,2,1,2)
+    scores = recite("avs", {}, [(IMAGES, IMAGES, masks[:1].view(1, 1, 1, 2))], logits)
+    assert scores["mean IoU"] == 1
 
 
 class Batches(list):
@@ -3989,10 +4110,31 @@ def test_predict_cuts_a_film_into_clips_and_numbers_its_seconds(toys, capsys, mo
     paths = [call.args[1] for call in draw.call_args_list]
     assert paths == ["new/run-..-a.mp4-0000.png", "new/run-..-a.mp4-0010.png"]
     shown = [call.args[0]["frame"] for call in draw.call_args_list]
+    main("predict ../run ../a.mp4")
+    assert draw.call_args.args[1] == "./run-..-a.mp4-0010.png"
     assert_same(torch.cat(shown), train.rows_of(film)["frame"])
     assert "predict wants the folder of a run, then videos" in one_line_error(
         capsys, "predict ../run"
     )
+
+
+def test_predict_draws_masks_of_five_seconds_each(toys, capsys, monkeypatch):
+    """It does not print them."""
+    main(f"avs --data={toys}/avs --epochs=1 --out=run")
+    frames, spectrograms = images(12, size=SIZE)
+    film = (frames.float(), spectrograms.float())
+    monkeypatch.setattr(train, "read_video", Mock(return_value=film))
+    draw = Mock()
+    monkeypatch.setattr(train, "draw", draw)
+    capsys.readouterr()
+    main("predict run a.mp4")
+    assert capsys.readouterr().out == ""
+    assert [call.args[1][-8:] for call in draw.call_args_list] == [
+        "0000.png",
+        "0005.png",
+        "0010.png",
+    ]
+    assert draw.call_args.args[0]["found"].shape == (2, SIZE, SIZE)
 
 
 def test_predict_asks_avqa_its_question(toys, capsys, monkeypatch):
@@ -4271,6 +4413,43 @@ def test_report_groups_runs_that_differ_in_seed_paths_and_device_alone(capsys, m
         Path(out, "result.json").write_text(json.dumps(run))
     main("report a b")
     assert capsys.readouterr().out.splitlines()[1].split()[1:] == group
+
+
+def test_report_averages_no_runs_of_different_settings(capsys):
+    """Each of all other settings makes a group of its own."""
+    same = ("task", "data", "out", "seed", "workers", "device", "resume")
+    others = [field for field in dataclasses.fields(train.Settings) if field.name not in same]
+    changed = [{}]
+    for field in others:
+        value = getattr(train.Settings, field.name)
+        changed.append({field.name: not value if field.type is bool else value * 2 + field.type(3)})
+    for number, change in enumerate(changed):
+        settings = dataclasses.asdict(train.Settings("ave", **change))
+        run = {"test": 1, "seconds": 1, "gflop": 1, "code": 1, "settings": settings}
+        os.mkdir(f"{number}")
+        Path(f"{number}/result.json").write_text(json.dumps(run))
+    main("report " + " ".join(os.listdir()))
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(changed)
+
+
+def test_at_most_four_categories_and_noise_are_swapped(monkeypatch):
+    """A data set has many; a picture has room for few."""
+    items = MagicMock(videos=[(f"clip {k}", "abcade"[k]) for k in range(6)])
+    items.__getitem__.return_value = (None, torch.zeros(5, SIZE, SIZE), None)
+    monkeypatch.setattr(train, "open_split", Mock(return_value=items))
+    monkeypatch.setattr(train, "logits_of", Mock(return_value=torch.zeros(5, 1, 2, 2)))
+    settings = train.Settings("avs", image_size=SIZE)
+    model = Mock(net=lavish.Lavish(lavish.make_backbone("nano")))
+    clip = [torch.zeros(5, 3, SIZE, SIZE), torch.zeros(5, SIZE, SIZE)]
+    rows = train.swap_sounds(settings, {"stats": STATS}, model, clip)
+    assert rows["heard"] == ["a", "b", "c", "d", "noise"]
+
+
+def test_bench_is_of_the_real_sizes():
+    """Those of AVE, AVSBench and MUSIC-AVQA."""
+    sizes = train.REAL_SIZES
+    assert (len(sizes["classes"]), sizes["mask_size"]) == (28, 224)
+    assert [len(sizes["vocabulary"][what]) for what in ("words", "answers")] == [93, 42]
 
 
 @parametrize("name", ["test", "seconds", "gflop"])
