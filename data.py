@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Data: sound and frames from disk, one Dataset for each data set, and toys of the same layouts.
+"""Data: sound and frames from disk, a Dataset for each data set, and toys of the
+same layouts.
 
-    python data.py extract VIDEOS ROOT              videos -> frames and sounds
-    python data.py check TASK ROOT [--size S]       read every item, print what is wrong
-    python data.py stats TASK ROOT [--size S]       mean and std of the spectrograms, kept in ROOT
-    python data.py toy TASK ROOT                    write the toy data set
+    python data.py extract VIDEOS ROOT          videos -> frames and sounds
+    python data.py check TASK ROOT [--size S]   read all items, print the faults
+    python data.py stats TASK ROOT [--size S]   mean and std of the spectrograms
+    python data.py toy TASK ROOT                write the toy data set
 
-TASK is ave, avs, avqa or ucf101; S is the side of the images in pixels, 192 unless given.
+TASK is ave, avs, avqa or ucf101; S is the side of the images in pixels, 192
+unless given. All that is written lies in ROOT.
 
-From top to bottom: sound and frames, the four Datasets, the commands, whole files, the toys.
-Shapes: T = seconds (or frames) of a clip, S = image side, N = samples of a sound.
-"The release" is github.com/GenjiB/LAVISH at commit 97722b0; its files are named with their lines.
+From top to bottom: sound and frames, the four Datasets, the commands, whole
+files, the toys. Shapes: T = seconds (or frames) of a clip, S = image side, N =
+samples of a sound. "The release" is github.com/GenjiB/LAVISH at commit 97722b0;
+its files are named with their lines.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -246,7 +250,7 @@ def find_stats(root, task, size, classes=()):
     if size != 192 or "; ".join(classes) != AVE_CLASSES:
         print(
             f"{root}: no statistics for spectrograms of size {size}, so AVE's of size 192 are used;"
-            f" to measure its own: python data.py stats {task} {root} --size {size}"
+            f" to measure its own: python data.py stats {task} {shlex.quote(root)} --size {size}"
         )
     return [AVE_MEAN, AVE_STD]
 
@@ -822,6 +826,7 @@ def extract(videos, root):
     names = sorted(name for name in os.listdir(videos) if not name.startswith("."))
     stems = Counter(Path(name).stem for name in names)
     faults = []
+    require(names, f"{videos} holds no videos")
     for name in progress(names, "extract"):
         try:
             alone = stems[Path(name).stem] == 1
@@ -832,7 +837,7 @@ def extract(videos, root):
     for fault in faults:
         print(fault)
     print(f"{len(names) - len(faults)} of {len(names)} videos are in {root}")
-    print(f"Next, with the annotations in place: python data.py check TASK {root}")
+    print(f"Next, with the annotations in place: python data.py check TASK {shlex.quote(root)}")
     return 1 if faults else 0
 
 
@@ -864,7 +869,7 @@ def check(task, root, size):
     if faults:
         print(f"Mend these {len(faults)} before training.")
         return 1
-    print(f"All items can be read. Next: python train.py {task} --data {root}")
+    print(f"All items can be read. Next: python train.py {task} --data {shlex.quote(root)}")
     return 0
 
 
@@ -1390,7 +1395,7 @@ def run():
         print(f"mean {mean:.6f}  std {std:.6f}  (kept in {stats_path(args.root, args.size)})")
     else:
         make_toy(task, args.root)
-    print(f"Next: python train.py {task} --data {args.root}")
+    print(f"Next: python train.py {task} --data {shlex.quote(args.root)}")
     return 0
 
 

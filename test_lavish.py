@@ -2889,6 +2889,10 @@ def test_real_data_gets_the_supplementarys_numbers(roots, monkeypatch, task, wan
         ("ave --backbone=huge", "unknown backbone 'huge'"),
         ("ave --reduction=7", "no multiple of reduction 7"),
         ("ave --backbone=resnet_nano --image-size=36", "36 is no multiple of 16"),
+        ("ave --modality=v --compile", "of both streams"),
+        ("ave --modality=a --checkpoint-activations", "of both streams"),
+        ("eval a b", "eval takes one path or task, not also .'b'"),
+        ("bench ave film.mp4", "bench takes one path or task, not also"),
         *((f"ave {train.option(name)}=0", "must be at least 1") for name in train.NEVER_ZERO),
         ("ave --lr=-1", "--lr must be at least 0"),
         ("ave --seed=9999999999999999999", "--seed must be at least 0 and below"),
@@ -3963,6 +3967,32 @@ def test_data_py_as_a_person_types_it(roots, monkeypatch, capfd, line, code, sai
         assert data.find_stats("ave", "ave", 16) == data.read_json("ave/fbank16.json")
 
 
+def test_the_next_command_can_be_pasted(roots, monkeypatch, capsys):
+    """Also where a folder has a space in its name. Of no videos there is none."""
+    os.rename("ave", "my data")
+    data.check("ave", "my data", SIZE)
+    assert "Next: python train.py ave --data 'my data'\n" in capsys.readouterr().out
+    os.mkdir("empty")
+    refuses("empty holds no videos", data.extract, "empty", "out")
+
+
+@parametrize("line", ["ave --latent=0", "eval run --split=tset"])
+def test_a_misspelt_option_is_refused(capsys, line):
+    """--latent is no short form: whoever types it may mean another option."""
+    with pytest.raises(SystemExit) as stop:
+        main(line)
+    assert stop.value.code == 2
+    assert re.search(
+        "unrecognized arguments: --latent|invalid choice: 'tset'", capsys.readouterr().err
+    )
+
+
+def test_the_empty_folder_of_a_killed_run_is_taken(toys, monkeypatch):
+    """It holds nothing that could be lost."""
+    os.mkdir("run")
+    assert settings_of(monkeypatch, f"ave --data={toys}/ave --out=run").out == "run"
+
+
 def test_control_c_exits_as_programs_do(monkeypatch, capsys):
     """130, by which a shell ends a loop around it."""
     monkeypatch.setattr(sys, "argv", ["data.py", "toy", "avs", "a"])
@@ -4154,7 +4184,9 @@ def test_predict_asks_avqa_its_question(toys, capsys, monkeypatch):
     rows, _ = drawn_rows(monkeypatch, f"predict run a.mp4 --question='{asked}?'")
     logits, _ = model(frames[None], spectrograms[None], question[None])
     answer = facts["vocabulary"]["answers"][logits.argmax()]
-    assert f"a.mp4, from 0 s: {answer}\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"a.mp4: {asked}? {answer}\n" in printed
+    assert f"./run-a.mp4-0000-{asked.replace(' ', '-')}.png" in printed
     assert rows["found"] == [answer]
     assert len(rows["frame"]) == 3
 
@@ -4190,9 +4222,12 @@ def open_look(toys, monkeypatch):
 
 def table_of_look(capsys):
     """What look has printed: the score of the untouched net, and the columns of each adapter."""
-    head, *lines, _ = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 80
+    _, *lines, _ = printed
     rows = {line[:38].strip(): line[38:].split() for line in lines}
-    return re.search(r"untouched (\S+)\)", head)[1], rows
+    (untouched,) = rows.pop("none")
+    return untouched, rows
 
 
 def test_look_draws_the_two_adapters_without_which_the_score_is_lowest(toys, capsys, monkeypatch):

@@ -129,7 +129,11 @@ class Settings:
     repeat: int = 3  # bench: measured steps
 
 
-CHOICES = {"precision": ("fp32", "bf16"), "modality": ("av", "v", "a")}
+CHOICES = {
+    "precision": ("fp32", "bf16"),
+    "modality": ("av", "v", "a"),
+    "split": ("train", "val", "test"),
+}
 NEVER_ZERO = (
     "batch_size",
     "reduction",
@@ -662,6 +666,8 @@ def make_net(settings):
         require(len(backbone.dims) > 1, "segmentation needs maps of several stages")
     try:
         if settings.modality != "av":
+            of_two = settings.one_direction or settings.checkpoint_activations or settings.compile
+            require(not of_two, "one direction, recomputed activations, --compile: of both streams")
             return lavish.OneStream(
                 backbone, settings.modality, settings.reduction, settings.groups
             )
@@ -811,7 +817,7 @@ def join_processes(device):
     """Once, before data are made or read; without torchrun there is nothing to join."""
     if "RANK" not in os.environ:
         return
-    on_gpu = device == "cuda"
+    on_gpu = device.startswith("cuda")
     dist.init_process_group("nccl" if on_gpu else "gloo")  # between GPUs; between CPUs
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one GPU for each
@@ -929,21 +935,14 @@ def log_entry(losses, score, start):
 
 
 def save_epoch(settings, facts, model, optimizer, log):
-    """Print the epoch that is done and keep its state for --resume, and the model if it is the best
-    so far.
+    """Keep the state of the epoch that is done, for --resume, and the model if it is the best so
+    far. Then print the epoch.
 
     The best is chosen on val, so that test is seen once. The release chooses on test
     (AVE/main_trans.py:167, AVS avs_s4/train.py:203)."""
-    is_best = best_epoch(log) == len(log)
-    last = log[-1]
-    print(
-        f"epoch {len(log):3}   loss {last['loss']:.4f}   val {last['val']:.4f}   "
-        f"{last['seconds']:5.1f} s",
-        "  best so far" if is_best else "",
-        flush=True,
-    )
     if rank() > 0:
         return
+    is_best = best_epoch(log) == len(log)
     state = {
         "settings": asdict(settings),
         "facts": facts,
@@ -954,6 +953,12 @@ def save_epoch(settings, facts, model, optimizer, log):
     state["log"] = log  # for --resume, with what follows
     state["optimizer"] = optimizer.state_dict()
     data.save_tensors(state, f"{settings.out}/state.pt")
+    last = log[-1]
+    print(
+        f"epoch {len(log):3}   loss {last['loss']:.4f}   val {last['val']:.4f}   "
+        f"{last['seconds']:5.1f} s{'   best so far' if is_best else ''}",
+        flush=True,
+    )
 
 
 def load_best_epoch(settings, model):
@@ -1081,12 +1086,16 @@ def predict(folder, videos, given):
             clip = [frames[start:end], spectrograms[start:end], *question]
             answers = {"found": predict_clip(settings, model, clip)}
             rows = rows_of(clip) | rows_of_answers(settings, facts, clip, answers)
-            if settings.task != "avs":
-                for t, name in enumerate(rows["found"], start):
-                    print(f"{video}, from {t} s: {name}")
-            # Both names, because several runs and videos may write into one folder.
-            name = f"{normpath(folder)}-{normpath(video)}".replace(os.sep, "-").lstrip("-.")
-            draw(rows, f"{pictures}/{name}-{start:04d}.png")
+            # All names, because several runs, videos and questions may write into one folder.
+            name = f"{normpath(folder)}-{normpath(video)}-{start:04d}"
+            if settings.task == "avqa":
+                print(f"{video}: {settings.question} {rows['found'][0]}")
+                name = f"{name}-{rows['question'][0]}"
+            elif settings.task == "ave":
+                for t, event in enumerate(rows["found"], start):
+                    print(f"{video}, from {t} s: {event}")
+            name = name.replace(os.sep, "-").replace(" ", "-").lstrip("-.")
+            draw(rows, f"{pictures}/{name}.png")
     require(not faults, f"{len(faults)} of {len(videos)} videos could not be read: {faults}")
 
 
@@ -1158,7 +1167,9 @@ def look(folder, videos, given):
         scores = SCORERS[settings.task](settings, facts, model, test)
         return list(scores.values())[0]
 
-    print(f"{'adapter':38}      g    g_av   score with g_av at 0 (untouched {score():.4f})")
+    what = "answers that stay" if videos else "score"
+    print(f"{'the adapter whose g_av is set to 0':38}      g    g_av   {what}")
+    print(f"{'none':38} {'':14}   {score():.4f}")
     scores = {}  # {name of an adapter: score without what it reads}
     for name, adapter in adapters.items():
         gate = adapter.gate_av.item()
@@ -1426,14 +1437,14 @@ def random_clips(settings):
 
 def clock(settings):
     """Seconds, when all that was asked of the device is done."""
-    if settings.device == "cuda":
-        torch.cuda.synchronize()  # a GPU answers before it is done
+    if not settings.device.startswith("cpu"):
+        torch.accelerator.synchronize()  # a GPU answers before it is done
     return time.perf_counter()
 
 
 def peak_memory(settings):
     """The most memory that was in use so far, in GB: of the GPU, or of this process on a CPU."""
-    if settings.device == "cuda":
+    if settings.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     import resource  # Windows has none
 
@@ -1466,6 +1477,7 @@ def parse(arguments):
         epilog="Options, with - in place of _:\n\n" + inspect.getsource(Settings),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,  # so that a misspelt option is refused
     )
     parser.add_argument("command", choices=[*LOOPS, "eval", "predict", "look", "report", "bench"])
     parser.add_argument("paths", nargs="*", help="runs and videos; eval and bench take one")
@@ -1523,7 +1535,8 @@ def train_task(task, given):
         recipe = load_run(f"{out}/state.pt")["settings"]
         require(recipe.task == task, f"{out} holds a run of {recipe.task}")
     else:
-        require(not exists(out), f"{out} is there already; --resume it, or choose another --out")
+        used = exists(out) and os.listdir(out)  # an empty folder is of a run that was killed
+        require(not used, f"{out} is there already; --resume it, or choose another --out")
     settings = settings_of(recipe, {**given, "out": out})
     require(settings.data == toy or exists(settings.data), f"--data: there is no {settings.data}")
     net = make_net(settings)  # before data are made or read: it refuses options that do not fit
@@ -1533,7 +1546,7 @@ def train_task(task, given):
         if not exists(settings.data):
             data.make_toy(task, toy)
         make_weights(settings)
-        os.makedirs(out, exist_ok=settings.resume)
+        os.makedirs(out, exist_ok=True)
     wait_for_all()
     try:
         load_weights(settings, net)
@@ -1560,6 +1573,8 @@ def main(arguments=None):
         elif rank() == 0:  # under torchrun these run once
             require(paths, f"{command} of what? See: python train.py --help")
             first, *others = paths
+            if command in ("eval", "bench"):
+                require(not others, f"{command} takes one path or task, not also {others}")
             if command == "eval":
                 evaluate(first, given)
             elif command == "predict":

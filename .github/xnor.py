@@ -17,8 +17,19 @@ import torch
 import data
 import train
 
-# The adapter that matters most in runs/ave, by `python train.py look runs/ave`, with seed 0.
-ADAPTER = "sound reads sight, block 2, MLP"
+
+def matters_most(settings, facts, model):
+    """As in look: the adapter of sound that lowers the test score most if its g_av is 0."""
+    test = train.load_in_order(settings, "test", facts)
+    scores = {}  # {name of an adapter: score}
+    for name, adapter in train.adapters_with_latents(model.net).items():
+        if name.startswith("sound"):
+            gate = adapter.gate_av.item()
+            adapter.gate_av.data.zero_()
+            scores[name] = train.evaluate_ave(settings, facts, model, test)["accuracy"]
+            adapter.gate_av.data.fill_(gate)
+    return min(scores, key=scores.get)
+
 
 both, late = sys.argv[1:]
 rng = np.random.default_rng(0)
@@ -40,8 +51,9 @@ for title, folder in (("both directions", both), ("late fusion", late)):
     if folder == both:
         bells = [frames[::40], spectrograms[::40]]
         rows.update(train.rows_of(bells))
-        adapter = train.adapters_with_latents(model.net)[ADAPTER]
-        rows.update(train.rows_of_latents(settings, model, bells, ADAPTER, adapter))
+        name = matters_most(settings, facts, model)
+        adapter = train.adapters_with_latents(model.net)[name]
+        rows.update(train.rows_of_latents(settings, model, bells, name, adapter))
     rows[f"event? {title}"] = [f"{p:.2f}" for p in event.view(4, 40).mean(1).tolist()]
     print(f"{title}:", *rows[f"event? {title}"])
 rows["true"] = ["1", "0", "0", "1"]
