@@ -2893,7 +2893,14 @@ def test_real_data_gets_the_supplementarys_numbers(roots, monkeypatch, task, wan
         ("ave --modality=a --checkpoint-activations", "of both streams"),
         ("eval a b", "eval takes one path or task, not also .'b'"),
         ("bench ave film.mp4", "bench takes one path or task, not also"),
-        *((f"ave {train.option(name)}=0", "must be at least 1") for name in train.NEVER_ZERO),
+        ("ave --epochs=0", "--epochs must be at least 1"),
+        ("ave --batch-size=0", "--batch-size must be at least 1"),
+        ("ave --reduction=0", "--reduction must be at least 1"),
+        ("ave --groups=0", "--groups must be at least 1"),
+        ("avs --channels=0", "--channels must be at least 1"),
+        ("avqa --hidden=0", "--hidden must be at least 1"),
+        ("avqa --moments=0", "--moments must be at least 1"),
+        ("bench ave --repeat=0", "--repeat must be at least 1"),
         ("ave --lr=-1", "--lr must be at least 0"),
         ("ave --seed=9999999999999999999", "--seed must be at least 0 and below"),
         ("ave --device=meta", "--device meta cannot be used"),
@@ -3202,17 +3209,21 @@ def test_no_net_that_diverges_is_kept_or_scored(toys, capsys, monkeypatch, task)
     head = getattr(lavish, task.upper())
     forward = head.forward
 
+    steps = []
+
     def diverge(model, *inputs, **more):
         outputs = forward(model, *inputs, **more)
         if not model.training:
             return outputs
+        steps.append(inputs)
         if task == "avqa":
             return outputs[0] * np.nan, outputs[1]
         return outputs * np.nan
 
     monkeypatch.setattr(head, "forward", diverge)
-    line = f"{task} --data={toys}/{task} --epochs=1 --out=run"
+    line = f"{task} --data={toys}/{task} --epochs=1 --batch-size=1 --out=run"
     assert "the net's output is not finite" in one_line_error(capsys, line)
+    assert len(steps) == 1
     logits = torch.full((1, 3), np.nan)
     answers = (logits, None) if task == "avqa" else logits
     settings = train.Settings(task, device="cpu")
