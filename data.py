@@ -113,8 +113,9 @@ def open_image(path):
         raise InputError(f"{path} is no readable jpg or png ({error}); make it again") from None
     # Pillow would keep only the upper 8 of 16 bits, or clip greys at 255. Byte 24 of a png is its
     # number of bits.
-    content = Path(path).read_bytes()
-    deep = content.startswith(b"\x89PNG") and content[24] == 16
+    with open(path, "rb") as file:
+        header = file.read(25)
+    deep = header.startswith(b"\x89PNG") and header[24] == 16
     require(not deep, f"{path} has not 8 bits per channel; convert it to 8")
     return image
 
@@ -214,9 +215,8 @@ def missing_files(dataset):
     """The paths that the items of a dataset need and that do not exist."""
     missing = []
     for i in distinct_items(dataset):
-        *images, wav = dataset.files(
-            i
-        )  # lists of frames, with AVSBench of masks too, and the sound
+        # Lists of frames, with AVSBench of masks too, and the sound.
+        *images, wav = dataset.files(i)
         for paths in ([wav], *images):
             missing += [path for path in paths if path and not exists(path)]
     return missing
@@ -824,9 +824,9 @@ def promised_length(path):
 def extract(videos, root):
     """Extract all videos of a folder. Returns the exit code. ffmpeg itself uses all processors."""
     names = sorted(name for name in os.listdir(videos) if not name.startswith("."))
+    require(names, f"{videos} holds no videos")
     stems = Counter(Path(name).stem for name in names)
     faults = []
-    require(names, f"{videos} holds no videos")
     for name in progress(names, "extract"):
         try:
             alone = stems[Path(name).stem] == 1

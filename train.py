@@ -664,10 +664,11 @@ def make_net(settings):
         require(settings.task == "ucf101", "VideoMAE reads 16 frames: it is for ucf101")
     if settings.task == "avs":
         require(len(backbone.dims) > 1, "segmentation needs maps of several stages")
+    if settings.modality != "av":
+        of_two = settings.one_direction or settings.checkpoint_activations or settings.compile
+        require(not of_two, "one direction, recomputed activations, --compile: of both streams")
     try:
         if settings.modality != "av":
-            of_two = settings.one_direction or settings.checkpoint_activations or settings.compile
-            require(not of_two, "one direction, recomputed activations, --compile: of both streams")
             return lavish.OneStream(
                 backbone, settings.modality, settings.reduction, settings.groups
             )
@@ -817,7 +818,7 @@ def join_processes(device):
     """Once, before data are made or read; without torchrun there is nothing to join."""
     if "RANK" not in os.environ:
         return
-    on_gpu = device.startswith("cuda")
+    on_gpu = device == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo")  # between GPUs; between CPUs
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one GPU for each
@@ -1172,11 +1173,9 @@ def look(folder, videos, given):
     print(f"{'none':38} {'':14}   {score():.4f}")
     scores = {}  # {name of an adapter: score without what it reads}
     for name, adapter in adapters.items():
-        gate = adapter.gate_av.item()
-        adapter.gate_av.data.zero_()
-        scores[name] = score()
-        adapter.gate_av.data.fill_(gate)
-        print(f"{name:38} {adapter.gate.item():6.3f}  {gate:6.3f}   {scores[name]:.4f}")
+        scores[name] = score_without(adapter, score)
+        gates = f"{adapter.gate.item():6.3f}  {adapter.gate_av.item():6.3f}"
+        print(f"{name:38} {gates}   {scores[name]:.4f}")
 
     if settings.task == "avs":
         rows = swap_sounds(settings, facts, model, clip)
@@ -1191,6 +1190,15 @@ def look(folder, videos, given):
         rows |= rows_of_answers(settings, facts, clip, answers)
     name = "-".join(["look", *map(basename, videos)])  # look, or look-film.mp4
     draw(rows, f"{settings.out}/{name}.png")
+
+
+def score_without(adapter, score):
+    """What score() gives while the g_av of an adapter is 0. Afterwards it is open again."""
+    gate = adapter.gate_av.item()
+    adapter.gate_av.data.zero_()
+    without = score()
+    adapter.gate_av.data.fill_(gate)
+    return without
 
 
 def first_with_error(settings, model, dataset):
@@ -1438,14 +1446,14 @@ def random_clips(settings):
 def clock(settings):
     """Seconds, when all that was asked of the device is done."""
     if not settings.device.startswith("cpu"):
-        torch.accelerator.synchronize()  # a GPU answers before it is done
+        torch.accelerator.synchronize(settings.device)  # a GPU answers before it is done
     return time.perf_counter()
 
 
 def peak_memory(settings):
     """The most memory that was in use so far, in GB: of the GPU, or of this process on a CPU."""
     if settings.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(settings.device) / 1e9
     import resource  # Windows has none
 
     unit = 1 if sys.platform == "darwin" else 1024  # the Mac counts bytes

@@ -21,13 +21,14 @@ import train
 def matters_most(settings, facts, model):
     """As in look: the adapter of sound that lowers the test score most if its g_av is 0."""
     test = train.load_in_order(settings, "test", facts)
+
+    def accuracy():
+        return train.evaluate_ave(settings, facts, model, test)["accuracy"]
+
     scores = {}  # {name of an adapter: score}
     for name, adapter in train.adapters_with_latents(model.net).items():
         if name.startswith("sound"):
-            gate = adapter.gate_av.item()
-            adapter.gate_av.data.zero_()
-            scores[name] = train.evaluate_ave(settings, facts, model, test)["accuracy"]
-            adapter.gate_av.data.fill_(gate)
+            scores[name] = train.score_without(adapter, accuracy)
     return min(scores, key=scores.get)
 
 
