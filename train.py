@@ -1091,11 +1091,12 @@ def predict(folder, videos, given):
             name = f"{normpath(folder)}-{normpath(video)}-{start:04d}"
             if settings.task == "avqa":
                 print(f"{video}: {settings.question} {rows['found'][0]}")
-                name = f"{name}-{rows['question'][0]}"
+                asked = rows["question"][0].replace(" ", "-")
+                name = f"{name}-{asked}"
             elif settings.task == "ave":
                 for t, event in enumerate(rows["found"], start):
                     print(f"{video}, from {t} s: {event}")
-            name = name.replace(os.sep, "-").replace(" ", "-").lstrip("-.")
+            name = name.replace(os.sep, "-").lstrip("-.")
             draw(rows, f"{pictures}/{name}.png")
     require(not faults, f"{len(faults)} of {len(videos)} videos could not be read: {faults}")
 
