@@ -761,7 +761,8 @@ class WindowAttention(nn.Module):
         qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)  # (BT,N,3C)
         qkv = qkv.view(BT, W, n, 3, self.heads, -1).unbind(3)  # (BT,W,n,heads,C/heads) each
-        q, k, v = (z.transpose(2, 3) for z in qkv)  # (BT,W,heads,n,C/heads) each
+        # Copied once here, into the order in which all that follows reads them.
+        q, k, v = (z.transpose(2, 3).contiguous() for z in qkv)  # (BT,W,heads,n,C/heads) each
 
         # Cosine attention: unit vectors, and a learned temperature instead of 1/sqrt(d).
         scale = self.logit_scale.clamp(max=math.log(100)).exp()  # (heads,1,1)
@@ -779,7 +780,8 @@ class WindowAttention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1), scale=1.0)
             x = x.unflatten(1, (W, -1))  # (BT,W,heads,n,C/heads)
         else:
-            scores = q @ k.transpose(-2, -1) + bias  # (BT,W,heads,n,n)
+            scores = q @ k.transpose(-2, -1)  # (BT,W,heads,n,n)
+            scores += bias  # in place, as nothing else is as large
             x = scores.softmax(-1) @ v  # (BT,W,heads,n,C/heads)
         x = x.transpose(2, 3).reshape(BT, N, C)
         x = self.proj(x)
