@@ -64,12 +64,15 @@ def read_wav(path):
     require(exists(path), f"no sound at {path}; data.py check reads every item")
     convert = "convert it: ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav"
     try:
-        with wave.open(path) as file:
+        raw = Path(path).read_bytes()
+        # The "extensible" header says with other numbers that this is PCM. Before Python 3.12 wave
+        # knows the plain header alone, whose number for PCM is 1.
+        raw = re.sub(rb"(?s)(?<=fmt ....)\xfe\xff", b"\1\0", raw)
+        with wave.open(io.BytesIO(raw)) as file:
             channels, width, rate, *_ = file.getparams()
             # As many samples as a file of this size may hold: the header may claim more.
-            content = file.readframes(os.path.getsize(path))
+            content = file.readframes(len(raw))
     except (wave.Error, EOFError, OSError) as error:
-        # From Python 3.12 on, wave reads the "extensible" header too.
         raise InputError(f"{path} is no wav that Python can read ({error!r}); {convert}") from None
     require(
         width == 2 and 1000 <= rate <= 400000 and len(content) >= 2 * channels,
@@ -823,20 +826,19 @@ def promised_length(path):
 
 def extract(videos, root):
     """Extract all videos of a folder. Returns the exit code. ffmpeg itself uses all processors."""
-    names = sorted(name for name in os.listdir(videos) if not name.startswith("."))
-    require(names, f"{videos} holds no videos")
-    stems = Counter(Path(name).stem for name in names)
+    paths = sorted(Path(videos).glob("[!.]*"))
+    require(paths, f"{videos} is no folder of videos")
+    stems = Counter(path.stem for path in paths)
     faults = []
-    for name in progress(names, "extract"):
+    for path in progress(paths, "extract"):
         try:
-            alone = stems[Path(name).stem] == 1
-            require(alone, f"{name}: another file has the same name; rename one of them")
-            extract_video(f"{videos}/{name}", root)
+            require(stems[path.stem] == 1, f"{path}: another file has the same name; rename one")
+            extract_video(str(path), root)
         except InputError as error:
             faults.append(error)  # and go on: one video must not end the others
     for fault in faults:
         print(fault)
-    print(f"{len(names) - len(faults)} of {len(names)} videos are in {root}")
+    print(f"{len(paths) - len(faults)} of {len(paths)} videos are in {root}")
     print(f"Next, with the annotations in place: python data.py check TASK {shlex.quote(root)}")
     return 1 if faults else 0
 
@@ -1383,19 +1385,20 @@ def run():
     args = parser.parse_args()
 
     task = args.source
+    root = args.root
     require(15 < args.size < 1000, "--size wants a number from 16 to 999")
-    require(args.source and args.root, "the name of a folder is empty")
+    require(args.source and root, "the name of a folder is empty")
     if args.command == "extract":
-        return extract(args.source, args.root)
+        return extract(args.source, root)
     require(task in DATASETS, f"unknown task {task!r}; there are {', '.join(DATASETS)}")
     if args.command == "check":
-        return check(task, args.root, args.size)
+        return check(task, root, args.size)
     if args.command == "stats":
-        mean, std = measure_stats(task, args.root, args.size)
-        print(f"mean {mean:.6f}  std {std:.6f}  (kept in {stats_path(args.root, args.size)})")
+        mean, std = measure_stats(task, root, args.size)
+        print(f"mean {mean:.6f}  std {std:.6f}  (kept in {stats_path(root, args.size)})")
     else:
-        make_toy(task, args.root)
-    print(f"Next: python train.py {task} --data {shlex.quote(args.root)}")
+        make_toy(task, root)
+    print(f"Next: python train.py {task} --data {shlex.quote(root)}")
     return 0
 
 
