@@ -28,7 +28,10 @@ A run leaves in --out
     state.pt      for --resume, until the run is done
 
 Read the settings and train_ave first; the other three loops differ where their
-tasks do.
+tasks do. That is all one needs to change a loop. Below them, from top to bottom:
+how a model is scored; how data are opened, a net and its optimiser built;
+several processes; what a run keeps of each epoch; what one does with a trained
+run; report and cost; the command line.
 
 Glossary
     settings    all that a run is told, an instance of Settings
