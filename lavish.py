@@ -162,9 +162,6 @@ class Lavish(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.visual_adapters = make_adapters(backbone, latents, reduction, groups)
         self.audio_adapters = make_adapters(backbone, audio_latents, reduction, groups)
-        self.checkpoint_activations = checkpoint_activations
-        if checkpoint_activations:
-            count_batches_once(self)
         self.run_block = lavish_block
         if compile_blocks:
             # One compiled function serves all blocks; their weights are its inputs. It is compiled
@@ -172,14 +169,16 @@ class Lavish(nn.Module):
             # The setting has this name in torch 2.6, and still in later versions.
             torch._dynamo.config.cache_size_limit = 64
             self.run_block = torch.compile(lavish_block)
+        if checkpoint_activations:
+            self.run_block = partial(checkpoint, self.run_block, use_reentrant=False)
+            count_batches_once(self)
 
     def train(self, mode=True):
-        super().train(mode)
+        nn.Module.train(self, mode)
         self.backbone.eval()  # frozen means its batch statistics too
         return self
 
     def forward(self, frames, spectrograms):
-        recompute = self.checkpoint_activations and self.training
         x_v = self.backbone.embed(frames)  # (BT,N,d)
         x_a = self.backbone.embed(three_channels(spectrograms))  # (BT,N,d)
         visual = []
@@ -188,11 +187,8 @@ class Lavish(nn.Module):
         for blocks, merge in self.backbone.stages:
             for block in blocks:
                 lav_v, lav_a = next(adapters)  # of this block
-                inputs = (self.backbone, block, lav_v, lav_a, x_v, x_a)
-                if recompute:
-                    x_v, x_a = checkpoint(self.run_block, *inputs, use_reentrant=False)
-                else:
-                    x_v, x_a = self.run_block(*inputs)  # (BT,N,d) each
+                # (BT,N,d) each
+                x_v, x_a = self.run_block(self.backbone, block, lav_v, lav_a, x_v, x_a)
             visual.append(x_v)
             audio.append(x_a)
             x_v = merge(x_v)  # (BT,N/4,2d)
@@ -208,16 +204,13 @@ class OneStream(nn.Module):
     In and out as Lavish, but the other stream's tokens are zeros: the head reads nothing in them.
     The adapters keep their ReLU; released AVE has none here (net_trans.py:158-170)."""
 
+    train = Lavish.train  # the backbone stays in evaluation mode
+
     def __init__(self, backbone, modality, reduction=8, groups=2):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         self.modality = modality
         self.adapters = make_adapters(backbone, 0, reduction, groups)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.backbone.eval()
-        return self
 
     def forward(self, frames, spectrograms):
         images = frames if self.modality == "v" else three_channels(spectrograms)
@@ -806,8 +799,7 @@ class ViT(torchvision.models.VisionTransformer):
     forward = frozen_forward
 
     def __init__(self, layers, num_heads, dim, image_size, patch=16):
-        fits = image_size > 0 and image_size % patch == 0
-        require(fits, f"image size {image_size} is no multiple of {patch}")
+        require(image_size % patch == 0, f"image size {image_size} is no multiple of {patch}")
         super().__init__(image_size, patch, layers, num_heads, dim, 4 * dim)
         self.heads = nn.Identity()  # no classifier
         self.dims = [dim]
@@ -871,8 +863,8 @@ class ResNet(nn.Module):
         image_size,
     ):
         super().__init__()
-        fits = image_size > 0 and image_size % (2 ** (len(depths) + 1)) == 0
-        require(fits, f"image size {image_size} is no multiple of {2 ** (len(depths) + 1)}")
+        step = 2 ** (len(depths) + 1)  # pixels that become one place of the coarsest map
+        require(image_size % step == 0, f"image size {image_size} is no multiple of {step}")
         self.image_size = image_size
         self.dims = [4 * width * 2**i for i in range(len(depths))]
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
@@ -1092,16 +1084,12 @@ def require(condition, message):
 
 def load_checked(model, state, what):
     """load_state_dict. Raises InputError that names what is missing, what is extra, or a shape."""
-    wanted = model.state_dict()
-    missing = [name for name in wanted if name not in state]
-    extra = [name for name in state if name not in wanted]
-    require(not missing, f"{what}: {len(missing)} missing, e.g. {missing[:1]}; extra: {extra[:1]}")
-    require(not extra, f"{what}: {len(extra)} tensors are extra, e.g. {extra[:1]}")
-    for name, tensor in wanted.items():
-        shape = tuple(state[name].shape)
-        same = shape == tensor.shape
-        require(same, f"{what}: {name} has shape {shape}, not {tuple(tensor.shape)}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        # torch has a line for all that is missing, one for all that is extra, one for each shape.
+        faults = [line.strip()[:160] for line in str(error).splitlines()[1:3]]
+        raise InputError(f"{what}: {' '.join(faults)}") from None
 
 
 # ---------------------------------------------------------------- one clip, and the parameters

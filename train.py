@@ -253,9 +253,8 @@ def train_ave(settings, net):
         seed_epoch(settings, epoch)
         model.train()
         losses = []  # of each step
-        for batch in batches(train, epoch):
-            # (B,10,3,S,S), (B,10,S,S) and (B,10); extra, (B,10,128), only with --extra-audio
-            frames, spectrograms, *extra, labels = on_device(settings, batch)
+        # (B,10,3,S,S), (B,10,S,S) and (B,10); extra, (B,10,128), only with --extra-audio
+        for frames, spectrograms, *extra, labels in batches(settings, train, epoch):
             with autocast(settings):
                 logits = parallel(frames, spectrograms, *extra)  # (B,10,29), of a toy (B,10,5)
             check_finite(logits)
@@ -284,15 +283,11 @@ def evaluate_ave(settings, facts, model, loader):
 
     -> {what: number}: accuracy over all seconds and, to compare it with, that of "background"
     everywhere. Here and below, the first number is the score of the task."""
+    found, truth = labels_of(settings, model, loader)  # (clips,10) each
     background = len(facts["classes"])  # the number of its label
-    right = []
-    is_background = []
-    for logits, labels in outputs(settings, model, loader):  # (B,10,29), (B,10)
-        right.extend((logits.argmax(-1) == labels).tolist())
-        is_background.extend((labels == background).tolist())
     return {
-        "accuracy": np.mean(gather(right)),
-        "if all were called background": np.mean(gather(is_background)),
+        "accuracy": np.mean(found == truth),
+        "if all were called background": np.mean(truth == background),
     }
 
 
@@ -327,8 +322,7 @@ def train_avs(settings, net):
         seed_epoch(settings, epoch)
         model.train()
         losses = []  # of each step
-        for batch in batches(train, epoch):
-            frames, spectrograms, masks = on_device(settings, batch)
+        for frames, spectrograms, masks in batches(settings, train, epoch):
             # S4 has a mask of the first frame only (AVS/avs_scripts/avs_s4/loss.py:17-24). Without
             # TPAVI the seconds meet only in the adapters' batch statistics, so that a toy leaves
             # the other four out.
@@ -432,8 +426,7 @@ def train_avqa(settings, net):
         seed_epoch(settings, epoch)
         model.train()
         losses = []  # of each step
-        for batch in batches(train, epoch):
-            frames, spectrograms, question, *negatives, answer = on_device(settings, batch)
+        for frames, spectrograms, question, *negatives, answer in batches(settings, train, epoch):
             with autocast(settings):
                 logits, match = parallel(frames, spectrograms, question, *negatives)
             check_finite(logits)
@@ -464,11 +457,8 @@ def train_avqa(settings, net):
 def evaluate_avqa(settings, facts, model, loader):
     """-> {what: number}: accuracy over all questions, what the words of the questions alone would
     score, and accuracy by type of question."""
-    right = []
-    for logits, answer in outputs(settings, model, loader):  # (B,answers)
-        right.extend((logits.argmax(-1) == answer).tolist())
-    right = gather(right)
-
+    found, truth = labels_of(settings, model, loader)  # (questions,) each
+    right = found == truth
     by_type = defaultdict(list)  # {type of question: is each one right?}
     guessed = []  # would the commonest answer be right?
     for is_right, question in zip(right, loader.dataset.questions):
@@ -524,8 +514,7 @@ def train_ucf101(settings, net):
         seed_epoch(settings, epoch)
         model.train()
         losses = []  # of each step
-        for batch in batches(train, epoch):
-            frames, spectrograms, label = on_device(settings, batch)
+        for frames, spectrograms, label in batches(settings, train, epoch):
             with autocast(settings):
                 logits = parallel(frames, spectrograms)  # (B,classes)
             check_finite(logits)
@@ -548,14 +537,23 @@ def train_ucf101(settings, net):
 
 def evaluate_ucf101(settings, facts, model, loader):
     """-> {what: number}: accuracy over all clips."""
-    right = []
-    for logits, label in outputs(settings, model, loader):  # (B,classes)
-        right.extend((logits.argmax(-1) == label).tolist())
-    return {"accuracy": np.mean(gather(right))}
+    found, truth = labels_of(settings, model, loader)  # (clips,) each
+    return {"accuracy": np.mean(found == truth)}
 
 
 # ---------------------------------------------------------------- what the tasks share
-# Evaluation differs in its scores alone.
+# All tasks are evaluated by the same loop, `outputs`. The functions above turn what it yields into
+# their scores.
+
+
+def labels_of(settings, model, loader):
+    """Two arrays over all clips of a split: the labels that the model finds, and the true ones."""
+    found = []
+    truth = []
+    for logits, labels in outputs(settings, model, loader):  # (B,...,classes), (B,...)
+        found.extend(logits.argmax(-1).tolist())
+        truth.extend(labels.tolist())
+    return np.array(gather(found)), np.array(gather(truth))
 
 
 def outputs(settings, model, loader):
@@ -647,12 +645,13 @@ def cores():
     return os.cpu_count()
 
 
-def batches(loader, epoch):
-    """The training batches of an epoch. The sampler shuffles them in an order of this epoch; AVQA's
-    data set draws other negatives, the rest do not look at the number."""
+def batches(settings, loader, epoch):
+    """The training batches of an epoch, on the device. The sampler shuffles them in an order of
+    this epoch; AVQA's data set draws other negatives, the rest do not look at the number."""
     loader.sampler.set_epoch(epoch)
     loader.dataset.epoch = epoch
-    return progress(loader, "train")
+    for batch in progress(loader, "train"):
+        yield on_device(settings, batch)
 
 
 def make_net(settings):
@@ -745,8 +744,8 @@ def weights_path(settings):
     """The file of the backbone's weights; with --weights none it is not read.
 
     The toy's lie beside the toy data, for all tasks; with other data in toy/. Published ones are
-    kept where torch.hub keeps them. Raises InputError if there are none, or for another image size
-    than theirs."""
+    kept where torch.hub keeps them. Raises InputError if this backbone has no such weights, or if
+    the published ones are for another image size."""
     _, _, size, url = lavish.BACKBONES[settings.backbone]
     if settings.weights == "toy":
         folder = f"{settings.data}/.." if data.is_toy(settings.data) else "toy"
@@ -867,13 +866,14 @@ def gather(items):
 
 # ---------------------------------------------------------------- a run, epoch by epoch
 # A run can be stopped at any moment and goes on from the last whole epoch. Nothing random is kept
-# for that: order, dropout and negatives of an epoch follow from the seed and its number.
+# for that: order, dropout and negatives of an epoch follow from the seed and the epoch's number.
 
 
 def resume(settings, facts, model, optimizer):
     """With --resume, bring model and optimiser to where the last whole epoch left them. -> log
 
-    Raises InputError if data or weights have changed since."""
+    Raises InputError if the facts of the data (classes, statistics ...) or the frozen weights have
+    changed since."""
     if not settings.resume:
         return []
     saved = load_run(f"{settings.out}/state.pt")
@@ -910,7 +910,7 @@ def set_rates(settings, optimizer, epoch):
 
 
 def seed_epoch(settings, epoch):
-    """Each epoch has noise of its own, and so has each process of torchrun."""
+    """Seed torch's random numbers, those of dropout: other ones in each epoch, in each process."""
     torch.manual_seed((settings.seed * 1000 + epoch) * 1000 + rank())
 
 
@@ -1229,7 +1229,8 @@ def adapters_with_latents(net):
 
 def rows_of_latents(settings, model, clip, name, adapter):
     """{name of a row: the picture that a latent reads, as bright as its weight there}, for each
-    latent of an adapter. The name gives the greatest weight; 1.0 x even is a uniform one."""
+    latent of an adapter. The name of the row says how many times an even look its greatest
+    weight is."""
     inputs = []
     hook = adapter.register_forward_pre_hook(lambda module, tokens: inputs.extend(tokens))
     predict_clip(settings, model, clip)
@@ -1268,8 +1269,8 @@ def swap_sounds(settings, facts, model, clip):
         if category not in sounds and len(sounds) < 4:
             _, spectrograms, _ = dataset[i]
             sounds[category] = spectrograms[0]
-    hiss = 0.01 * torch.randn(1, lavish.SAMPLE_RATE)
-    sounds["noise"] = data.spectrograms_of(hiss, settings.image_size, facts["stats"])[0]
+    hiss = 0.01 * torch.randn(lavish.SAMPLE_RATE)  # one second
+    sounds["noise"] = lavish.fbank(hiss, settings.image_size, *facts["stats"])
     heard = torch.stack([*sounds.values()])  # (n,S,S)
     swapped = [frames[:1].expand(len(heard), -1, -1, -1), heard]
     rows = rows_of(swapped)
@@ -1292,8 +1293,7 @@ def rows_of(clip):
     """{name of a row: its tiles (T,C,H,W) from 0 to 1}: what the net gets, a column a second."""
     frames, spectrograms, *_ = clip
     frames = frames[:: len(frames) // len(spectrograms)]  # (T,3,S,S); UCF101 has two for a sound
-    mean = torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
-    std = torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
+    mean, std = torch.tensor([data.IMAGENET_MEAN, data.IMAGENET_STD]).view(2, 3, 1, 1)
     sounds = as_drawn(spectrograms)  # (T,1,S,S)
     darkest, brightest = sounds.aminmax()
     sounds = (sounds - darkest) / (brightest - darkest).clamp(min=1e-6)  # silence is all one grey
@@ -1358,9 +1358,9 @@ def draw(rows, path):
 
 
 def report(folders):
-    """Print mean and spread of runs of the same code that differ in seed, out, workers, device and
-    the data's place alone: a line for each group, with the number of runs, GFLOP of a clip and mean
-    seconds."""
+    """Print mean and spread of repeated runs: those that have the same code and the same settings,
+    but for seed, out, workers, device, resume and the place of the data. A line for each group: the
+    number of runs, GFLOP of a clip, mean seconds."""
     groups = defaultdict(list)  # {what must be equal: what is printed of each run}
     for folder in folders:
         path = f"{folder}/result.json"
@@ -1376,17 +1376,16 @@ def report(folders):
         groups[group].append([settings.task, folder, *numbers])
     print("task      test  +- std   n      GFLOP  seconds  the first of them")
     for rows in groups.values():
-        task, first, *_, gflop = rows[0]
-        tests = [test for _, _, test, _, _ in rows]
-        seconds = [seconds for _, _, _, seconds, _ in rows]
+        tasks, names, tests, seconds, gflops = zip(*rows)  # from rows to columns
         spread = f"{np.std(tests, ddof=1):.4f}" if len(tests) > 1 else "-"
         print(
-            f"{task:7} {np.mean(tests):.4f} {spread:>7} {len(tests):3} {gflop:10.4f} "
-            f"{np.mean(seconds):8.0f}  {first}"
+            f"{tasks[0]:7} {np.mean(tests):.4f} {spread:>7} {len(tests):3} {gflops[0]:10.4f} "
+            f"{np.mean(seconds):8.0f}  {names[0]}"
         )
 
 
-# The sizes of the real data sets.
+# The sizes of AVE, AVSBench and MUSIC-AVQA. UCF101 has 101 classes, but 28 in their place change no
+# digit that is printed.
 REAL_SIZES = {
     "classes": range(28),
     "mask_size": 224,
@@ -1417,7 +1416,8 @@ def bench(settings):
             with autocast(settings), torch.set_grad_enabled(training):
                 logits = model(*inputs)
             if training:
-                # AVQA gives two tensors; of one tensor these are its clips.
+                # AVQA's net returns two tensors, or one and None. The others return one: x is then
+                # what they say of one clip.
                 loss = sum(x.square().mean() for x in logits if x is not None)
                 optimizer.zero_grad()
                 loss.backward()
@@ -1522,7 +1522,7 @@ def settings_of(recipe, given):
         if setting.type in (int, float):
             least = 1 if setting.name in NEVER_ZERO else 0
             require(
-                least <= getattr(settings, setting.name) < 10**9,  # NaN is not
+                least <= getattr(settings, setting.name) < 10**9,  # false for NaN too
                 f"{option(setting.name)} must be at least {least} and below 10^9",
             )
     require(settings.channels % 8 == 0, "--channels must be a multiple of 8")
