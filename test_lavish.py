@@ -298,6 +298,27 @@ def test_latents_start_apart():
     assert LavishAdapter(16, latents=4).latents.std(0).min() > 0.01
 
 
+def test_what_is_not_said_is_the_papers():
+    """Two latents, an eighth of the width, two groups, both directions: the adapters of AVE. Its
+    28 events and background, 42 answers in MUSIC-AVQA, 101 actions in UCF101.
+
+    Whoever copies the adapter types `LavishAdapter(dim)`.
+    """
+    net = Lavish(tiny_swin())
+    for stream in (net.visual_adapters, net.audio_adapters):
+        adapter = stream[0][0]
+        dim = net.backbone.dims[0]
+        assert adapter.latents.shape == (2, dim)
+        assert [linear.weight.shape for linear in adapter.down] == 2 * [(dim // 16, dim // 2)]
+        alone = LavishAdapter(dim).state_dict()
+        for name, tensor in adapter.state_dict().items():
+            assert alone[name].shape == tensor.shape
+    assert AVE(net).head[1].out_features == 29
+    assert AVQA(net).answer.out_features == 42
+    assert AVQA(net).embedding.num_embeddings == 93
+    assert lavish.UCF101(net).head.out_features == 101
+
+
 # ---------------------------------------------------------------- two streams, one stream
 
 
@@ -961,6 +982,40 @@ def test_videomae_embeds_tubelets_at_sine_positions():
         tokens[n, 2 * k] += np.sin(angle)
         tokens[n, 2 * k + 1] += np.cos(angle)
     assert_close(videomae.embed(clip)[0], tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_videomae_at_224_pixels_has_the_published_positions():
+    """1568 of them, and none in its weights, because the published files have none."""
+    with torch.device("meta"):
+        videomae = lavish.make_backbone("videomae")
+    assert videomae.positions.shape == (1568, 768)
+    assert "positions" not in videomae.state_dict()
+
+
+@parametrize(
+    "name, count",
+    [("nano", 315982), ("vit_nano", 328400), ("resnet_nano", 341460), ("videomae_nano", 298432)],
+)
+def test_the_toys_backbones_are_those_of_the_readme(name, count):
+    """By the number of their parameters, which stands beside their scores."""
+    assert sum(p.numel() for p in lavish.make_backbone(name).parameters()) == count
+
+
+def test_a_gpus_fused_attention_is_the_written_one(monkeypatch):
+    """In outputs and gradients, with shifted windows: its kernel, which CPUs have too, is called by
+    a tensor that says it lies on a GPU.
+    """
+    attention = randomise(lavish.WindowAttention(16, 2, side=8, window=4, shift=2))
+    tokens = torch.randn(3, 64, 16, dtype=torch.double)
+    written = attention(tokens)
+    wanted = gradients(attention, [written])
+    fused = Mock(side_effect=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = attention(tokens)
+    assert fused.call_count == 1
+    assert_close(found, written)
+    assert_close(gradients(attention, [found]), wanted)
 
 
 @parametrize("size", [100, 576, 40, 0])
