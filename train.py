@@ -844,6 +844,16 @@ def wait_for_all():
         dist.barrier()
 
 
+def leave_processes():
+    """Once, at the end of a run; the inverse of join_processes."""
+    if dist.is_initialized():
+        wait_for_all()  # a process that leaves early, with the group open, may abort
+        # torch's own thread frees the last message, for which it needs Python. Without a pause
+        # torch 2.6 waits for ever, once in some twenty times.
+        time.sleep(0.1)
+        dist.destroy_process_group()
+
+
 def in_parallel(model):
     """The model to call in training: in DistributedDataParallel, if there are several processes."""
     if not dist.is_initialized():
@@ -1566,9 +1576,7 @@ def train_task(task, given):
     finally:
         with suppress(OSError):  # the folder is not empty: an epoch was done, keep it
             os.rmdir(out)
-    if dist.is_initialized():
-        wait_for_all()  # a process that leaves early, with the group open, may abort
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def main(arguments=None):
