@@ -174,7 +174,7 @@ class Lavish(nn.Module):
             count_batches_once(self)
 
     def train(self, mode=True):
-        nn.Module.train(self, mode)
+        nn.Module.train(self, mode)  # not super(): OneStream takes this function too
         self.backbone.eval()  # frozen means its batch statistics too
         return self
 
@@ -754,7 +754,7 @@ class WindowAttention(nn.Module):
         qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)  # (BT,N,3C)
         qkv = qkv.view(BT, W, n, 3, self.heads, -1).unbind(3)  # (BT,W,n,heads,C/heads) each
-        # Copied once here, into the order in which all that follows reads them.
+        # Copied here, once, into the order in which all that follows reads them.
         q, k, v = (z.transpose(2, 3).contiguous() for z in qkv)  # (BT,W,heads,n,C/heads) each
 
         # Cosine attention: unit vectors, and a learned temperature instead of 1/sqrt(d).
@@ -799,7 +799,8 @@ class ViT(torchvision.models.VisionTransformer):
     forward = frozen_forward
 
     def __init__(self, layers, num_heads, dim, image_size, patch=16):
-        require(image_size % patch == 0, f"image size {image_size} is no multiple of {patch}")
+        fits = image_size > 0 and image_size % patch == 0
+        require(fits, f"image size {image_size} is no multiple of {patch}")
         super().__init__(image_size, patch, layers, num_heads, dim, 4 * dim)
         self.heads = nn.Identity()  # no classifier
         self.dims = [dim]
@@ -864,7 +865,8 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         step = 2 ** (len(depths) + 1)  # pixels that become one place of the coarsest map
-        require(image_size % step == 0, f"image size {image_size} is no multiple of {step}")
+        fits = image_size > 0 and image_size % step == 0
+        require(fits, f"image size {image_size} is no multiple of {step}")
         self.image_size = image_size
         self.dims = [4 * width * 2**i for i in range(len(depths))]
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
